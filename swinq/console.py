@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Generic, TextIO, TypeVar
 
 from swinq import distributed
@@ -38,7 +38,7 @@ def say(text: str, style: str | None = None, *, file: TextIO | None = None) -> N
 
 
 def complain(text: str, *, label: str = "error: ") -> None:
-    """Prints an error on standard error, whatever the rank: the first rank that fails must be heard."""
+    """Prints an error on standard error from any rank: the first to fail must be heard."""
     world = distributed.world_size()
     who = f"[rank {distributed.rank()}] " if world > 1 else ""
     print(who + painted(label, "error", sys.stderr) + text, file=sys.stderr, flush=True)
@@ -92,8 +92,8 @@ def table(
     out.flush()
 
 
-class progress(Generic[Item]):  # noqa: N801  (called like a function: for x in progress(xs, "label"))
-    """Progress with an estimate of the time left, on rank 0: a tqdm bar on a terminal, else plain lines.
+class progress(Generic[Item]):  # noqa: N801  (used like a function)
+    """Progress with the time left, on rank 0: a tqdm bar on a terminal, plain lines elsewhere.
 
     `for item in progress(items, "label")`, or `with progress(100, "label") as p: p.update(1)`.
 
@@ -116,7 +116,7 @@ class progress(Generic[Item]):  # noqa: N801  (called like a function: for x in 
         self._items: Iterable[Item] = () if isinstance(source, int) else source
         if isinstance(source, int):
             total = source
-        elif total is None and hasattr(source, "__len__"):
+        elif total is None and isinstance(source, Sized):
             total = len(source)
         self._label, self._total, self._file = label, total, file or sys.stderr
         self._done, self._next_line = 0, 1
@@ -156,7 +156,7 @@ class progress(Generic[Item]):  # noqa: N801  (called like a function: for x in 
         self.close()
 
     def _print_line(self) -> None:
-        """One line whenever another tenth is done, or every power of two where the end is unknown."""
+        """A line whenever another tenth is done, or at powers of two where the end is unknown."""
         elapsed = time.monotonic() - self._start
         if self._total is None:
             if self._done < self._next_line:
@@ -196,6 +196,6 @@ def _colourful(file: TextIO) -> bool:
 
 
 def _numeric(cell: str) -> bool:
-    """Whether a cell reads as a number, perhaps signed, with a unit or a bracketed remark after it."""
+    """Whether a cell reads as a number, perhaps with a sign before and a unit after it."""
     first = cell.split(" ", 1)[0].rstrip("%x").lstrip("+-")
     return cell in ("", "-") or first.replace(".", "", 1).replace(",", "").isdecimal()

@@ -1,8 +1,8 @@
-"""Ranks and their collectives: torchrun's environment, or one process where everything is a no-op.
+"""Ranks and their collectives: torchrun's environment, or one process where all of it is a no-op.
 
-Only integers are summed and only maxima are taken across ranks, because both are the same bits in any
-order. Tensors travel as they are; nothing is pickled. torch is imported inside the functions, so that
-console and main can ask for the rank before paying for it.
+Only integers are summed and only maxima are taken across ranks, because both are the same bits in
+any order. Tensors travel as they are; nothing is pickled. torch is imported inside the functions,
+so that console and main can ask for the rank before paying for it.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ def select_device(name: str = "auto") -> torch.device:
     ordinal = int(index) if index else local_rank()
     if ordinal >= found:
         raise ConfigError(
-            f"device cuda:{ordinal} is wanted by rank {rank()}, but this machine shows {found} GPU(s)",
+            f"rank {rank()} wants device cuda:{ordinal}, but this machine shows {found} GPU(s)",
             f"start {found} process(es) here (--nproc_per_node {found}), or use --device cpu",
         )
     torch.cuda.set_device(ordinal)
@@ -111,13 +111,14 @@ def init(backend: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
     except (RuntimeError, ValueError) as error:
         where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise ConfigError(
-            f"rank {rank()} of {world_size()} could not join at {where} ({backend}): {_first(error)}",
-            "check that every rank was started and that the port is free (torchrun --master_port N)",
+            f"rank {rank()} of {world_size()} could not join at {where} ({backend}): "
+            f"{_first(error)}",
+            "check that every rank was started and the port is free (torchrun --master_port N)",
         ) from error
 
 
 def shutdown() -> None:
-    """Leaves the group, after everything is done; call it on success only (a failed rank just exits)."""
+    """Leaves the group when everything is done; a rank that failed just exits instead."""
     if _initialized():
         _group().destroy_process_group()
 
@@ -150,7 +151,7 @@ def all_reduce_sum_(tensor: Tensor) -> Tensor:
 
 
 def all_reduce_max_(tensor: Tensor) -> Tensor:
-    """Takes the elementwise maximum over the ranks, in place, and returns it; NaN wins, as in torch."""
+    """Takes the elementwise maximum over the ranks, in place; NaN wins, as in torch."""
     if world_size() == 1:
         return tensor
     group = _joined()
@@ -183,7 +184,7 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
 
 
 def _exchange(what: str, tensor: Tensor, collective: Callable[[Tensor], object]) -> None:
-    """Runs a collective on a flat copy, where the backend can reach it, and writes the result back."""
+    """Runs a collective on a flat copy where the backend can reach it; writes the result back."""
     import torch
 
     if tensor.numel() == 0:
@@ -197,13 +198,13 @@ def _exchange(what: str, tensor: Tensor, collective: Callable[[Tensor], object])
 
 
 def _collect(what: str, collective: Callable[[], object]) -> None:
-    """Runs a collective; a rank that is gone or silent becomes an error that says which rank noticed."""
+    """Runs a collective; when another rank is gone or silent, says which rank noticed."""
     try:
         collective()
     except RuntimeError as error:
         raise SwinqError(
-            f"rank {rank()} of {world_size()} on {socket.gethostname()}: {what} over the ranks failed: "
-            f"{_first(error)}",
+            f"rank {rank()} of {world_size()} on {socket.gethostname()}: "
+            f"{what} over the ranks failed: {_first(error)}",
             "another rank has stopped or hangs: the first error in the log is the cause",
         ) from error
 

@@ -12,9 +12,7 @@ class SwinqError(Exception):
     """
 
     def __init__(self, problem: str, fix: str = "") -> None:
-        super().__init__(
-            problem, fix
-        )  # both in args, so that the error survives pickling and copying
+        super().__init__(problem, fix)  # both in args: copies and pickles keep them
         self.problem = problem
         self.fix = fix
 
