@@ -5,9 +5,14 @@ loaded at the first use, so that `import swinq` and `import swinq.int8` stay lig
 """
 
 import importlib
+import os
 from typing import Any
 
 __version__ = "0.1.0"
+
+# Intel's MKL otherwise rounds differently with the number of threads and rows, and calibration
+# promises the same bits. It costs nothing measurable. MKL reads it at its first use.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 
 # Name here -> name in swinq.api. No name may be that of a submodule: once `swinq.export` is
 # imported, Python binds the module under that name and the function would be gone.

@@ -1,0 +1,266 @@
+"""Calibrate: run the float model over images, collect, reduce over ranks, set every range.
+
+Each image goes through the model alone. So nothing depends on how images are put into batches or
+spread over ranks; sums are of integers, maxima are exact, and the searches see rows in an order of
+their own. On one kind of device `_amax` is the same bits for any batch size, order and number of
+ranks. (Intel's MKL needs MKL_CBWR=AUTO,STRICT for that, which `import swinq` sets.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinq.calib.methods import find_amax
+from swinq.calib.migration import choose_vector, output_error
+from swinq.calib.observers import HistogramObserver, MaxObserver, RowSampler
+from swinq.distributed import all_reduce_sum_, broadcast_, rank, world_size
+from swinq.errors import CalibrationError
+from swinq.quant.affine import SMALLEST_AMAX
+from swinq.quant.insert import float_layers, named_quantizers, quantized_layers
+from swinq.quant.linear import QuantLinear
+from swinq.quant.quantizer import TensorQuantizer
+from swinq.quant.spec import QuantSpec
+from swinq.quant.stream import stream_modules
+
+SAMPLED_ROWS = 2048  # of each Linear's input, over all images
+
+
+@dataclass
+class Calibration:
+    """What calibration found, beside the ranges that are now in the model.
+
+    Attributes:
+        method, percentile: how amax was searched. images: how many, over all ranks.
+        histograms: counts (BINS,) int64 of each quantizer that has one, on the CPU.
+        residual_max: the largest magnitude of each write to the residual stream.
+        vectors: layers whose input has a scale per channel, and the error relative to one scale.
+        notes: what a user should know, such as dead channels.
+    """
+
+    method: str
+    percentile: float
+    images: int
+    histograms: dict[str, Tensor] = field(default_factory=dict)
+    residual_max: dict[str, float] = field(default_factory=dict)
+    vectors: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    *,
+    method: str = "percentile",
+    percentile: float = 99.99,
+    on_image: Callable[[], Any] | None = None,
+) -> Calibration:
+    """Find and set the range of every quantizer of a model from ``quantize_model``.
+
+    Args:
+        model: in eval mode afterwards, quantized layers active.
+        images: this rank's share, (3, S, S) fp32 each.
+        method: "max", "percentile", "mse" or "entropy", of the quantizers that keep a histogram.
+        percentile: in (0, 100].
+        on_image: called after each image, for progress.
+
+    Raises:
+        CalibrationError: no image at all, NaN or infinite activations (with the layer's name), or
+            a tensor that is zero throughout and not in the recipe's ALLOW_DEAD.
+    """
+    spec: QuantSpec = model.quant_spec  # type: ignore[assignment]
+    find_amax(method, torch.zeros(1, 1), torch.zeros(1), percentile)  # checks the arguments early
+    shares = list(images) if not hasattr(images, "__len__") else images
+    counts = _image_counts(len(shares))  # type: ignore[arg-type]
+    if sum(counts) == 0:
+        raise CalibrationError("there are 0 calibration images", "give at least one")
+    model.eval()
+    collected = _Collected(model, max(1, SAMPLED_ROWS // sum(counts)), spec)
+    device = next(model.parameters()).device
+    with float_layers(model), collected.attached():
+        for number, image in enumerate(shares):
+            model(image.unsqueeze(0).to(device))
+            collected.check(number)
+            if on_image is not None:
+                on_image()
+    collected.reduce()
+    result = Calibration(method, percentile, sum(counts))
+    _set_histogram_ranges(collected, result)
+    _set_linear_ranges(model, collected, counts, spec, result)
+    _report_dead(model, spec, result)
+    result.residual_max = collected.residual_maxima()
+    for quantizer in named_quantizers(model).values():
+        broadcast_(quantizer.amax)
+    return result
+
+
+def _image_counts(mine: int) -> list[int]:
+    counts = torch.zeros(world_size(), dtype=torch.int64)
+    counts[rank()] = mine
+    return [int(c) for c in all_reduce_sum_(counts)]
+
+
+class _Collected:
+    """The observers of one calibration, by quantizer."""
+
+    def __init__(self, model: nn.Module, rows_per_image: int, spec: QuantSpec) -> None:
+        device = next(model.parameters()).device
+        self.quantizers = named_quantizers(model)
+        self.observers: dict[str, MaxObserver] = {}
+        self.samplers: dict[str, RowSampler] = {}
+        self.streams = stream_modules(model)
+        self.stream_observers = {n: MaxObserver(None, None, device) for n in self.streams}
+        wants_rows = bool(spec.migration) or spec.bias_correction
+        for name, quantizer in self.quantizers.items():
+            layer = model.get_submodule(name.rpartition(".")[0])
+            kind = name.rpartition(".")[2]
+            if kind == "weight_quantizer":
+                continue
+            self.observers[name] = self._observer(quantizer, kind, layer, device)
+            if kind == "input_quantizer" and wants_rows:
+                self.samplers[name] = RowSampler(rows_per_image, layer.in_features)  # type: ignore[arg-type]
+
+    @staticmethod
+    def _observer(
+        quantizer: TensorQuantizer, kind: str, layer: nn.Module, device: torch.device
+    ) -> MaxObserver:
+        if kind == "input_quantizer":
+            return HistogramObserver(-1, int(layer.in_features), device)  # type: ignore[arg-type]
+        if quantizer.descriptor.calib_method == "histogram":
+            return HistogramObserver(None, None, device)
+        channels = quantizer.amax.numel() if quantizer.amax.ndim else None
+        return MaxObserver(quantizer.descriptor.axis if channels else None, channels, device)
+
+    def attached(self) -> _Attached:
+        return _Attached(self)
+
+    def check(self, image: int) -> None:
+        """Stop at the first tensor, in the order of the forward, that is not finite."""
+        peaks = torch.stack([o.peak for o in self.observers.values()])
+        if bool(torch.isfinite(peaks).all()):
+            return
+        first = int((~torch.isfinite(peaks)).nonzero()[0])
+        name = list(self.observers)[first]
+        raise CalibrationError(
+            f"{name} saw {float(peaks[first])} in calibration image {image} of rank {rank()}",
+            "check the checkpoint and that image; a float evaluation shows the same",
+        )
+
+    def reduce(self) -> None:
+        for observer in (*self.observers.values(), *self.stream_observers.values()):
+            observer.reduce()
+
+    def residual_maxima(self) -> dict[str, float]:
+        return {n: float(o.peak) for n, o in self.stream_observers.items()}
+
+
+class _Attached:
+    """Attaches the observers for the length of a with block."""
+
+    def __init__(self, collected: _Collected) -> None:
+        self.collected = collected
+        self.hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        collected = self.collected
+        for name, observer in collected.observers.items():
+            sampler = collected.samplers.get(name)
+            watch: Callable[[Tensor], None] = observer
+            if sampler is not None:
+                watch = _both(observer, sampler)
+            collected.quantizers[name].observer = watch
+        for name, module in collected.streams.items():
+            observe = collected.stream_observers[name]
+            self.hooks.append(module.register_forward_hook(_seen_by(observe)))
+
+    def __exit__(self, *failure: object) -> None:
+        for quantizer in self.collected.quantizers.values():
+            quantizer.observer = None
+        for hook in self.hooks:
+            hook.remove()
+
+
+def _both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Any:
+    def watch(x: Tensor) -> None:
+        first(x)
+        second(x)
+
+    return watch
+
+
+def _seen_by(observer: MaxObserver) -> Any:
+    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        observer(output)
+
+    return hook
+
+
+def _set_histogram_ranges(collected: _Collected, result: Calibration) -> None:
+    """Search all histograms at once; running maxima take the descriptor's headroom and limit."""
+    with_counts = {
+        n: o for n, o in collected.observers.items() if isinstance(o, HistogramObserver)
+    }
+    counts = torch.stack([o.counts for o in with_counts.values()])
+    peaks = torch.stack([o.peak for o in with_counts.values()])
+    found = find_amax(result.method, counts, peaks, result.percentile)
+    for (name, observer), amax in zip(with_counts.items(), found, strict=True):
+        collected.quantizers[name].load_calib_amax(amax)
+        result.histograms[name] = observer.counts.cpu()
+    for name, observer in collected.observers.items():
+        if name not in with_counts:
+            descriptor = collected.quantizers[name].descriptor
+            amax = observer.maximum * descriptor.headroom
+            if descriptor.limit is not None:
+                amax = amax.clamp(max=descriptor.limit)
+            collected.quantizers[name].load_calib_amax(amax)
+
+
+def _set_linear_ranges(
+    model: nn.Module,
+    collected: _Collected,
+    counts: list[int],
+    spec: QuantSpec,
+    result: Calibration,
+) -> None:
+    """Per Linear: choose an input vector, set the weight's range, correct the bias."""
+    for name, layer in quantized_layers(model).items():
+        if not isinstance(layer, QuantLinear):
+            continue
+        source = f"{name}.input_quantizer"
+        per_row = layer.weight_quantizer.descriptor.axis == 0
+        if source in collected.samplers:
+            rows = collected.samplers[source].gather(counts, rank()).to(layer.weight.device)
+            maxima = collected.observers[source].maximum
+            amax, ratio = choose_vector(
+                rows, layer.weight, layer.input_quantizer.amax, maxima, spec.migration, per_row
+            )
+            layer.input_quantizer.load_calib_amax(amax)
+            if amax.ndim:
+                result.vectors[name] = ratio
+            if spec.bias_correction and layer.precision == "int8":
+                error = output_error(rows, layer.weight, amax, per_row)
+                layer.bias_correction.copy_(-error.double().mean(0))
+        layer.calibrate_weight()
+        broadcast_(layer.bias_correction)
+
+
+def _report_dead(model: nn.Module, spec: QuantSpec, result: Calibration) -> None:
+    dead = []
+    for name, quantizer in named_quantizers(model).items():
+        channels = int((quantizer.amax < SMALLEST_AMAX).sum())
+        if quantizer.dead and not any(fnmatchcase(name, p) for p in spec.allow_dead):
+            dead.append(name)
+        elif channels:
+            result.notes.append(f"{name}: {channels} of {quantizer.amax.numel()} channels are zero")
+    if dead:
+        raise CalibrationError(
+            f"{len(dead)} tensors are zero in every image: {', '.join(dead[:4])}"
+            + (" ..." if len(dead) > 4 else ""),
+            "check the checkpoint; if that is meant, name them under QUANT.ALLOW_DEAD",
+        )

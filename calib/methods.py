@@ -1,0 +1,232 @@
+"""Methods: from the histogram of |x| to amax. Vectorised; all of a model's quantizers at once.
+
+percentile  the edge below which the given share of the values lies
+mse         the amax whose rounding and clipping error is least
+entropy     the amax whose 8-bit distribution is nearest, by Kullback-Leibler divergence, to the
+            clipped one (pytorch-quantization's algorithm, after Migacz, "8-bit inference with
+            TensorRT", GTC 2017), here in O(bins * levels) by prefix sums
+
+``*_search`` work on any histogram given as counts and edges. ``find_amax`` applies them to the
+observers' histograms, whose bins cover all floats.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swinq.calib.observers import BINS, bin_edges
+from swinq.errors import CalibrationError
+from swinq.quant.affine import QMAX
+
+METHODS = ("max", "percentile", "mse", "entropy")
+
+LEVELS = 128  # magnitudes of a signed 8-bit code
+LINEAR_BINS = 2048
+START_BIN = 128  # pytorch-quantization's first candidate
+NARROWER = 8  # when entropy wants less than the first candidate, the range shrinks by this
+BINS_PER_OCTAVE = 256
+MSE_OCTAVES = 8  # how far below the maximum a best amax is looked for
+MSE_COARSE = 8  # bins between the coarse search's candidates
+
+
+def percentile_search(counts: Tensor, edges: Tensor, percentile: float) -> Tensor:
+    """Lower edge of the first bin at which the cumulated share reaches the percentile.
+
+    Args:
+        counts: (Q, bins) of any number type, each row with a positive sum.
+        edges: (bins + 1,) ascending.
+        percentile: in (0, 100].
+
+    Returns:
+        (Q,) fp64. The upper edge where that bin is the first one, as 0 would delete the tensor.
+    """
+    share = counts.double().cumsum(1) / counts.double().sum(1, keepdim=True)
+    wanted = torch.full_like(share[:, :1], percentile / 100)
+    index = torch.searchsorted(share.contiguous(), wanted).squeeze(1).clamp(max=counts.shape[1] - 1)
+    return torch.where(index == 0, edges[1], edges[index].double())
+
+
+def squared_error(values: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
+    """Summed squared error of rounding and clipping ``values`` to each candidate amax.
+
+    Args:
+        values: (Q, bins) fp64 magnitudes; counts: (Q, bins); candidates: (Q, C) fp64.
+
+    Returns:
+        (Q, C) fp64.
+    """
+    errors = []
+    for start in range(0, candidates.shape[1], 64):  # bounds the (Q, C, bins) temporaries
+        amax = candidates[:, start : start + 64, None]
+        scale = amax / QMAX
+        rounded = (values[:, None] / scale).round_().clamp_(max=QMAX).mul_(scale)
+        rounded.sub_(values[:, None]).square_()
+        errors.append(torch.einsum("qcb,qb->qc", rounded, counts.double()))
+    return torch.cat(errors, 1)
+
+
+def mse_search(counts: Tensor, edges: Tensor, start_bin: int = START_BIN) -> Tensor:
+    """The bin centre with the least squared error, among those from ``start_bin`` on.
+
+    Args:
+        counts: (Q, bins); edges: (bins + 1,) or (Q, bins + 1), ascending.
+
+    Returns:
+        (Q,) fp64.
+    """
+    edges = edges.double().expand(counts.shape[0], -1)
+    centres = (edges[:, 1:] + edges[:, :-1]) / 2
+    best = squared_error(centres, counts, centres[:, start_bin:]).argmin(1)
+    return centres.gather(1, best[:, None] + start_bin).squeeze(1)
+
+
+def entropy_search(
+    counts: Tensor, edges: Tensor, beyond: Tensor | None = None, start_bin: int = START_BIN
+) -> tuple[Tensor, Tensor]:
+    """The edge of linear bins with the least divergence; the last one among equals.
+
+    For each candidate of i bins, P is the first i counts with everything above added to the last,
+    Q is the first i counts averaged over their non-empty bins within each of 128 groups.
+
+    Args:
+        counts: (Q, bins); edges: (bins + 1,) or (Q, bins + 1), evenly spaced from 0.
+        beyond: (Q,) counts above the last edge.
+
+    Returns:
+        amax (Q,) fp64, and the chosen number of bins (Q,) int64.
+    """
+    counts = counts.double().clone()
+    counts[:, 0] = counts[:, 1]  # zeros, of which there may be very many, say nothing of the range
+    quantizers, bins = counts.shape
+    device = counts.device
+    tail_beyond = torch.zeros(quantizers, device=device) if beyond is None else beyond
+    total = counts.sum(1) + tail_beyond.double()
+
+    def prefix(x: Tensor) -> Tensor:
+        return torch.cat([x.new_zeros(quantizers, 1), x.cumsum(1)], 1)  # (Q, bins + 1)
+
+    below, filled = prefix(counts), prefix((counts > 0).double())
+    log_below = prefix(torch.xlogy(counts, counts))
+    divergences = []
+    for start in range(start_bin, bins + 1, 256):  # bounds the (Q, candidates, LEVELS) temporaries
+        i = torch.arange(start, min(start + 256, bins + 1), device=device)
+        bounds = (torch.arange(LEVELS + 1, device=device) * i[:, None] + LEVELS - 1) // LEVELS
+        group = below[:, bounds].diff(dim=2)  # (Q, candidates, LEVELS) counts
+        members = filled[:, bounds].diff(dim=2)
+        mean = torch.where(members > 0, group / members.clamp(min=1), 0.0)
+        kept = below[:, i]  # counts inside the candidate
+        tail = total[:, None] - kept
+        last = counts[:, i - 1]
+        # the last bin's group: its first bin is not after i - 1, and i is its end
+        last_mean = mean[:, :, -1].where(last > 0, torch.zeros((), device=device, dtype=kept.dtype))
+        clipped = last + tail
+        p_log_p = log_below[:, i] - torch.xlogy(last, last) + torch.xlogy(clipped, clipped)
+        p_log_q = torch.xlogy(group, mean).sum(2) + torch.xlogy(tail, last_mean)
+        divergence = p_log_p - p_log_q + total[:, None] * (kept.log() - total[:, None].log())
+        divergences.append(divergence / total[:, None])
+    divergence = torch.cat(divergences, 1)
+    divergence = torch.nan_to_num(divergence, nan=torch.inf)
+    best = divergence.shape[1] - 1 - divergence.flip(1).argmin(1)
+    chosen = best + start_bin
+    edges = edges.double().expand(quantizers, -1)
+    return edges.gather(1, chosen[:, None]).squeeze(1), chosen
+
+
+def linear_histogram(counts: Tensor, upper: Tensor, bins: int = LINEAR_BINS) -> tuple[Tensor, ...]:
+    """Spread the observers' histograms evenly over linear bins from 0 to ``upper``.
+
+    Args:
+        counts: (Q, BINS); upper: (Q,) fp64, positive.
+
+    Returns:
+        counts (Q, bins) fp64, edges (Q, bins + 1) fp64, counts beyond ``upper`` (Q,) fp64.
+    """
+    device = counts.device
+    source = bin_edges(device)
+    below = torch.cat([counts.new_zeros(len(counts), 1), counts.cumsum(1)], 1).double()
+    share = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=device)
+    edges = upper[:, None].double() * share
+    index = torch.searchsorted(source, edges, right=True).clamp(1, BINS)  # source[index-1] <= edge
+    inside = (edges - source[index - 1]) / (source[index] - source[index - 1])
+    low, high = below.gather(1, index - 1), below.gather(1, index)
+    cumulated = low + (high - low) * inside.clamp(0, 1)
+    return cumulated.diff(dim=1), edges, below[:, -1] - cumulated[:, -1]
+
+
+def find_amax(
+    method: str, counts: Tensor, peaks: Tensor, percentile: float = 99.99
+) -> Tensor:
+    """Search amax for a stack of observers' histograms, on their device.
+
+    Args:
+        method: one of METHODS.
+        counts: (Q, BINS) int64; peaks: (Q,) the largest magnitude of each, fp32.
+        percentile: for method "percentile", in (0, 100].
+
+    Returns:
+        (Q,) fp32, at most the peak, and 0 where the peak is 0.
+
+    Raises:
+        CalibrationError: an unknown method, or a percentile outside its range.
+    """
+    if method not in METHODS:
+        raise CalibrationError(
+            f"calibration method {method!r} is not known", f"use one of {', '.join(METHODS)}"
+        )
+    if not 0 < percentile <= 100:
+        raise CalibrationError(
+            f"percentile {percentile} is outside (0, 100]", "99.99 is the usual choice"
+        )
+    amax = peaks.clone()
+    seen = peaks > 0
+    if method == "max" or not bool(seen.any()):
+        return amax
+    rows = counts[seen]
+    peak = peaks[seen].double()
+    if method == "percentile":
+        found = percentile_search(rows, bin_edges(counts.device), percentile)
+    elif method == "mse":
+        found = _mse(rows, peak)
+    else:
+        found = _entropy(rows, peak)
+    amax[seen] = torch.minimum(found, peak).float()
+    return amax
+
+
+def _mse(counts: Tensor, peak: Tensor) -> Tensor:
+    """Coarse candidates over the top octaves, then every bin edge around the best of them."""
+    device = counts.device
+    edges = bin_edges(device)
+    top = torch.searchsorted(edges, peak, right=True)  # the edge above the peak
+    # below 2**-17 of the peak every candidate rounds to 0; those bins add the same to all
+    offsets = torch.arange(-BINS_PER_OCTAVE * (MSE_OCTAVES + 9), 0, device=device)
+    index = (top[:, None] + offsets).clamp(min=0)  # (Q, window) of bins
+    window = counts.gather(1, index).double()
+    centres = (edges[index] + edges[index + 1]) / 2
+
+    def best_of(steps: Tensor) -> Tensor:
+        candidates = edges[steps.clamp(min=1)]
+        best = squared_error(centres, window, candidates).argmin(1, keepdim=True)
+        return steps.gather(1, best)
+
+    coarse = torch.arange(-BINS_PER_OCTAVE * MSE_OCTAVES, 1, MSE_COARSE, device=device)
+    around = torch.arange(-MSE_COARSE, MSE_COARSE + 1, device=device)
+    best = best_of(top[:, None] + coarse)
+    best = best_of(torch.minimum(best + around, top[:, None]))
+    return edges[best.squeeze(1).clamp(min=1)]
+
+
+def _entropy(counts: Tensor, peak: Tensor) -> Tensor:
+    """Linear bins up to the peak; where the answer is below them all, up to an eighth of it."""
+    found = torch.empty_like(peak)
+    upper = peak.clone()
+    open_rows = torch.arange(len(peak), device=peak.device)
+    while len(open_rows):
+        linear, edges, beyond = linear_histogram(counts[open_rows], upper[open_rows])
+        amax, chosen = entropy_search(linear, edges, beyond)
+        found[open_rows] = amax
+        lowest = (chosen == START_BIN) & (upper[open_rows] > peak[open_rows] * 2.0**-30)
+        open_rows = open_rows[lowest]
+        upper[open_rows] /= NARROWER
+    return found

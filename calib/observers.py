@@ -1,0 +1,126 @@
+"""Observers: what calibration collects about a tensor while the float model runs.
+
+Everything here is a maximum or an integer count, and a value's bin depends on the value alone. So
+batches, their order and the number of ranks cannot change a single bit of the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from swinq.distributed import all_reduce_max_, all_reduce_sum_
+
+# A bin is a float32's exponent and its 8 leading mantissa bits: 256 bins an octave, a bin is
+# 1/256 to 1/512 as wide as its values. Bins are ordered as the values are.
+DROPPED_BITS = 23 - 8
+BINS = 0x7F800000 >> DROPPED_BITS  # the next bin would hold infinity
+
+
+def bin_edges(device: torch.device | str = "cpu") -> Tensor:
+    """The BINS + 1 edges of the histogram, fp64 ascending from 0; the last one is 2**128."""
+    bits = torch.arange(BINS, dtype=torch.int32, device=device) << DROPPED_BITS
+    last = torch.tensor([2.0**128], dtype=torch.float64, device=device)
+    return torch.cat([bits.view(torch.float32).double(), last])
+
+
+class MaxObserver:
+    """The largest magnitude seen: one number, or one per index of an axis.
+
+    Attributes:
+        maximum: () or (n,) fp32.
+    """
+
+    def __init__(self, axis: int | None, channels: int | None, device: torch.device) -> None:
+        """``axis`` of the observed tensors keeps its n = ``channels`` indices apart."""
+        self.axis = axis
+        shape = () if axis is None or channels is None else (channels,)
+        self.maximum = torch.zeros(shape, device=device)
+
+    def __call__(self, x: Tensor) -> None:
+        """Collect x (float, any shape with the axis)."""
+        self._collect_magnitude(x.float().abs())
+
+    def _collect_magnitude(self, magnitude: Tensor) -> None:
+        if self.axis is None:
+            largest = magnitude.amax()
+        else:
+            keep = self.axis % magnitude.ndim
+            largest = magnitude.amax([d for d in range(magnitude.ndim) if d != keep])
+        self.maximum = torch.maximum(self.maximum, largest)
+
+    @property
+    def peak(self) -> Tensor:
+        """The largest magnitude of all, () fp32; NaN if one was seen."""
+        return self.maximum.amax()
+
+    def reduce(self) -> None:
+        """Join what all ranks have seen."""
+        all_reduce_max_(self.maximum)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.maximum.zero_()
+
+
+class HistogramObserver(MaxObserver):
+    """The maximum, and exact counts of |x| in bins that depend on the value alone.
+
+    Attributes:
+        counts: (BINS,) int64, on the CPU.
+    """
+
+    def __init__(self, axis: int | None, channels: int | None, device: torch.device) -> None:
+        """See MaxObserver; the histogram is of the whole tensor."""
+        super().__init__(axis, channels, device)
+        self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
+
+    def __call__(self, x: Tensor) -> None:
+        """Collect x; infinities and NaN show in ``peak``, not in the counts."""
+        magnitude = x.float().abs()
+        self._collect_magnitude(magnitude)
+        index = magnitude.view(torch.int32) >> DROPPED_BITS
+        counts = torch.bincount(index.reshape(-1), minlength=BINS)
+        self.counts += counts[:BINS]
+
+    def reduce(self) -> None:
+        """Join what all ranks have seen."""
+        super().reduce()
+        all_reduce_sum_(self.counts)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.counts.zero_()
+
+
+class RowSampler:
+    """Keeps evenly spaced rows (tokens) of a Linear's input, the same ones of every image.
+
+    The rows end in an order that depends on their values alone, so that what is computed from
+    them does not depend on the order of images or ranks.
+    """
+
+    def __init__(self, rows_per_image: int, width: int) -> None:
+        """Keep ``rows_per_image`` rows of ``width`` values from each tensor."""
+        self.rows_per_image, self.width = rows_per_image, width
+        self._kept: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> None:
+        """Collect rows of x, (..., width)."""
+        rows = x.reshape(-1, self.width)
+        step = torch.arange(self.rows_per_image, device=x.device) * rows.shape[0]
+        self._kept.append(rows[step // self.rows_per_image].float().cpu())
+
+    def gather(self, image_counts: list[int], rank: int) -> Tensor:
+        """All ranks' rows in their own order, (images * rows_per_image, width) fp32 on the CPU."""
+        total = sum(image_counts) * self.rows_per_image
+        bits = torch.zeros(total, self.width, dtype=torch.int64)
+        if self._kept:
+            start = sum(image_counts[:rank]) * self.rows_per_image
+            mine = torch.cat(self._kept).view(torch.int32).long()
+            bits[start : start + len(mine)] = mine
+        all_reduce_sum_(bits)  # each row has one rank's bits and zeros, so the sum is exact
+        weights = torch.arange(1, 2 * self.width, 2, dtype=torch.int64) * 0x1E3779B97F4A7C15
+        order = ((bits * weights).sum(1)).argsort(stable=True)  # wraps around, as a hash may
+        return bits.to(torch.int32).view(torch.float32)[order]

@@ -1,0 +1,157 @@
+"""Puts quantizers into a float Swin, found by the names and shape of its parts, not by its class."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+
+from torch import nn
+
+from swinq.errors import ConfigError
+from swinq.quant.attention import QuantAttention, QuantCosineAttention, QuantWindowAttention
+from swinq.quant.linear import QuantLinear, QuantQkv
+from swinq.quant.quantizer import TensorQuantizer
+from swinq.quant.spec import LINEAR_KINDS, LayerRule, QuantSpec
+
+QuantizedLayer = QuantLinear | QuantAttention
+
+
+def quantize_model(model: nn.Module, spec: QuantSpec) -> nn.Module:
+    """Replace, in place, each block's Linears and attention and each merge's reduction.
+
+    Patch embedding, norms, GELU and head stay float. The quantizers are uncalibrated.
+
+    Returns:
+        The same model, with ``model.quant_spec`` set.
+
+    Raises:
+        ConfigError: a layer rule that matches nothing, or a precision a layer cannot have.
+    """
+    precision = resolve_precisions(list(_float_layers(model)), spec.layers)
+    for name, module in list(_float_layers(model).items()):
+        parent, _, last = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        if isinstance(module, nn.Linear):
+            setattr(owner, last, _quant_linear(owner, module, last, spec, precision[name]))
+    for name, module in list(_float_layers(model).items()):
+        parent, _, last = name.rpartition(".")
+        cosine = hasattr(module, "logit_scale")
+        kind = QuantCosineAttention if cosine else QuantWindowAttention
+        setattr(model.get_submodule(parent), last, kind(module, spec, precision[name]))
+    for name, quantizer in named_quantizers(model).items():
+        quantizer.name = name
+    model.quant_spec = spec  # type: ignore[assignment]
+    return model
+
+
+def _quant_linear(
+    owner: nn.Module, linear: nn.Linear, kind: str, spec: QuantSpec, precision: str
+) -> QuantLinear:
+    if kind == "qkv" and getattr(owner, "q_bias", None) is not None:
+        biases = {"q_bias": owner.q_bias, "v_bias": owner.v_bias}
+        return QuantQkv(linear, kind=kind, spec=spec, precision=precision, **biases)
+    return QuantLinear(linear, kind=kind, spec=spec, precision=precision)
+
+
+def _float_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Name every float layer that quantize_model replaces: Linears, and attentions."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        is_linear = isinstance(module, nn.Linear) and name.rpartition(".")[2] in LINEAR_KINDS
+        is_attention = hasattr(module, "qkv") and hasattr(module, "relative_position_index")
+        if is_linear or (is_attention and not isinstance(module, QuantAttention)):
+            found[name] = module
+    return found
+
+
+def resolve_precisions(names: Sequence[str], rules: Sequence[LayerRule]) -> dict[str, str]:
+    """Give each layer the precision of the last rule that matches it, int8 without one.
+
+    Raises:
+        ConfigError: a rule that matches no layer, or "int8-unrounded" for an output that the
+            layer's consumer quantizes anyway.
+    """
+    precision = dict.fromkeys(names, "int8")
+    for rule in rules:
+        matched = [name for name in names if fnmatchcase(name, rule.pattern)]
+        if not matched:
+            near = difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
+            raise ConfigError(
+                f"the recipe's pattern {rule.pattern!r} matches no layer",
+                f"layers are named like {near[0]!r}" if near else "the model has no such layers",
+            )
+        for name in matched:
+            kind = name.rpartition(".")[2]
+            if rule.precision == "int8-unrounded" and kind not in ("proj", "fc2", "reduction"):
+                raise ConfigError(
+                    f"int8-unrounded for {name} (pattern {rule.pattern!r}): only the outputs of "
+                    "proj, fc2 and reduction are ever rounded",
+                    "use fp16 for this layer, or a narrower pattern",
+                )
+            precision[name] = rule.precision
+    return precision
+
+
+def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
+    """Name every quantized layer, in the order of the forward: qkv, the attention, proj, ..."""
+    layers: dict[str, QuantizedLayer] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantAttention):
+            layers[f"{name}.qkv"] = module.qkv  # type: ignore[assignment]
+            layers[name] = module
+            layers[f"{name}.proj"] = module.proj  # type: ignore[assignment]
+        elif isinstance(module, QuantLinear) and name not in layers:
+            layers[name] = module
+    return layers
+
+
+def named_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """Name every TensorQuantizer of a model."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, TensorQuantizer)}
+
+
+def used_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
+    """Name the quantizers that take part in the model as it is set: mode and precisions."""
+    used: dict[str, TensorQuantizer] = {}
+    for name, layer in quantized_layers(model).items():
+        if layer.precision == "int8":
+            for child, quantizer in layer.named_children():
+                if isinstance(quantizer, TensorQuantizer) and quantizer.enabled:
+                    used[f"{name}.{child}"] = quantizer
+    return used
+
+
+def set_int8_mode(model: nn.Module, mode: int) -> nn.Module:
+    """Set int8_mode 1 (every GEMM int8 in and out) or 2 (fc2, reduction unrounded), in place.
+
+    Raises:
+        ConfigError: another mode.
+    """
+    if mode not in (1, 2):
+        raise ConfigError(f"int8_mode is {mode!r}; wanted 1 or 2", "1 rounds every GEMM's output")
+    for layer in quantized_layers(model).values():
+        if isinstance(layer, QuantLinear):
+            layer.set_int8_mode(mode)
+    return model
+
+
+def set_active(model: nn.Module, active: bool | Collection[str]) -> nn.Module:
+    """Quantize all layers (True), none (False), or the named ones only, in place."""
+    for name, layer in quantized_layers(model).items():
+        layer.active = active if isinstance(active, bool) else name in active
+    return model
+
+
+@contextmanager
+def float_layers(model: nn.Module) -> Iterator[nn.Module]:
+    """Compute in float inside the context, then put every layer back as it was."""
+    layers = quantized_layers(model).values()
+    before = [layer.active for layer in layers]
+    set_active(model, False)
+    try:
+        yield model
+    finally:
+        for layer, active in zip(layers, before, strict=True):
+            layer.active = active

@@ -1,0 +1,145 @@
+"""TensorQuantizer: holds the range of one tensor, and rounds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinq.errors import CalibrationError
+from swinq.quant.affine import ACTIVATION_RANGE, SMALLEST_AMAX, quantize, scale_and_inverse
+
+
+@dataclass(frozen=True)
+class QuantDescriptor:
+    """How one tensor is quantized (the words of pytorch-quantization).
+
+    Attributes:
+        axis: the axis that has a scale per index, or None for one scale per tensor.
+        calib_method: "histogram" (a search over the histogram of |x|) or "max".
+        headroom: factor that calibration puts on the range of the "max" method.
+        limit: the largest amax that makes sense, if there is one (1 for normalised q and k).
+        low, high: the range of codes.
+    """
+
+    axis: int | None = None
+    calib_method: str = "histogram"
+    headroom: float = 1.0
+    limit: float | None = None
+    low: int = ACTIVATION_RANGE[0]
+    high: int = ACTIVATION_RANGE[1]
+
+
+class TensorQuantizer(nn.Module):
+    """Fake-quantizes a tensor with the range in ``_amax``; NaN there means uncalibrated.
+
+    ``_amax`` exists from construction: fp32, () for one scale per tensor or (n,) along the axis.
+    A calibrator sets ``observer``, which then sees every tensor that passes.
+    """
+
+    _amax: Tensor
+
+    def __init__(self, descriptor: QuantDescriptor, channels: int | None = None) -> None:
+        """Make an uncalibrated, enabled quantizer; ``channels`` is n where there is an axis."""
+        super().__init__()
+        self.descriptor = descriptor
+        self.enabled = True
+        self.name = ""
+        self.observer: Callable[[Tensor], None] | None = None
+        self._cached_scale: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        shape = () if descriptor.axis is None or channels is None else (channels,)
+        self.register_buffer("_amax", torch.full(shape, float("nan")))
+
+    @property
+    def amax(self) -> Tensor:
+        """The largest magnitude that is represented, fp32, () or (n,); NaN before calibration."""
+        return self._amax
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether every range is known."""
+        return not bool(self._amax.isnan().any())
+
+    @property
+    def dead(self) -> bool:
+        """Whether no value at all can be represented: the tensor was zero throughout."""
+        return bool((self._amax < SMALLEST_AMAX).all())
+
+    def load_calib_amax(self, amax: Tensor) -> None:
+        """Take a range found by calibration: () for the tensor, or (n,) along the last axis.
+
+        Raises:
+            CalibrationError: a range that is negative, infinite or NaN.
+        """
+        amax = amax.detach().to(self._amax.device, torch.float32)
+        if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()):
+            raise CalibrationError(
+                f"{self.name}: amax must be finite and not negative, got {amax.flatten()[:4].tolist()}",
+                "look for NaN or infinite activations in this layer",
+            )
+        self._amax = amax.clone()
+
+    def observe(self, x: Tensor) -> None:
+        """Show x to the observer, if calibration has attached one."""
+        if self.observer is not None:
+            self.observer(x.detach())
+
+    def scale(self) -> tuple[Tensor, Tensor]:
+        """Return (scale, inverse), fp32, of amax's shape.
+
+        Raises:
+            CalibrationError: the range is not known yet.
+        """
+        if torch.compiler.is_compiling():
+            return scale_and_inverse(self._amax)
+        key = (self._amax.data_ptr(), self._amax._version)
+        if self._cached_scale is not None and self._cached_scale[0] == key:
+            return self._cached_scale[1]
+        if not self.calibrated:
+            raise CalibrationError(
+                f"{self.name or 'a quantizer'} is enabled but has no range",
+                "calibrate the model, or load a calibrated checkpoint",
+            )
+        scales = scale_and_inverse(self._amax)
+        self._cached_scale = (key, scales)
+        return scales
+
+    def broadcast(self, value: Tensor, dims: int) -> Tensor:
+        """Reshape a per-index value (n,) so that it lines up with this axis of a tensor."""
+        if value.ndim == 0:
+            return value
+        axis = -1 if self.descriptor.axis is None else self.descriptor.axis
+        shape = [1] * dims
+        shape[axis] = value.numel()
+        return value.view(shape)
+
+    def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return x's integer codes as a float tensor, and the scale that broadcasts against it."""
+        scale, inverse = self.scale()
+        low, high = self.descriptor.low, self.descriptor.high
+        codes = quantize(x, self.broadcast(inverse, x.ndim), low, high)
+        return codes, self.broadcast(scale, x.ndim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Fake-quantize x (any shape, float): the nearest representable values; x if disabled."""
+        if not self.enabled:
+            return x
+        codes, scale = self.codes(x)
+        return codes * scale
+
+    def extra_repr(self) -> str:
+        """Show the state in a printed model."""
+        known = "calibrated" if self.calibrated else "uncalibrated"
+        return f"{known}, axis={self.descriptor.axis}{'' if self.enabled else ', disabled'}"
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # A range may be a scalar or a vector; the file decides, so the buffer takes its shape.
+        saved = state_dict.get(prefix + "_amax")
+        if isinstance(saved, Tensor):
+            self._amax = torch.empty_like(saved, device=self._amax.device, dtype=torch.float32)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
