@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Generic, TextIO, TypeVar
 
 from swinq import distributed
+from swinq.errors import SwinqError
 
 Item = TypeVar("Item")
 
@@ -39,8 +40,10 @@ def say(text: str, style: str | None = None, *, file: TextIO | None = None) -> N
 
 def complain(text: str, *, label: str = "error: ") -> None:
     """Prints an error on standard error from any rank: the first to fail must be heard."""
-    world = distributed.world_size()
-    who = f"[rank {distributed.rank()}] " if world > 1 else ""
+    try:
+        who = f"[rank {distributed.rank()}] " if distributed.world_size() > 1 else ""
+    except SwinqError:  # RANK or WORLD_SIZE is no number, and that is what is being said
+        who = ""
     print(who + painted(label, "error", sys.stderr) + text, file=sys.stderr, flush=True)
 
 

@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
     "errors": set(),
     "evaluate": {"data"},
     "export": {"quant", "models"},
+    "flags": {"config"},
     "int8": {"export.format", "export.reader", "config", "models.architecture"},
     "latency": set(),
     "models": set(),
@@ -34,9 +35,8 @@ ROOMS: dict[str, set[str]] = {
     "schema": set(),
     "swinq": {"api"},
     "train": {"quant", "models", "data"},
-    "yaml_reader": set(),
 }
-SEE_ALL = {"main", "cli", "api", "commands"}
+SEE_ALL = {"main", "cli", "api", "commands", "preflight"}
 
 
 def module_files(package: Path) -> list[Path]:

@@ -1,0 +1,241 @@
+"""The command line: flags into a configuration, one action each, and errors that say what to type.
+
+Nothing here imports torch before the command line has been understood, so a typing mistake costs
+a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import time
+from collections.abc import Sequence
+
+from swinq import __version__, config_files, console, distributed
+from swinq import config as configuration
+from swinq.config import Config
+from swinq.errors import ConfigError, SwinqError
+from swinq.flags import DATA_ACTIONS, FLAGS, Flag, parse
+
+EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+ECHO_DELAY_S = 1.5  # torchrun has stopped the other ranks by then, if rank 0 failed the same way
+
+
+def resolve(args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
+    """The configuration that the flags mean, frozen, and the origin of each stated key.
+
+    Raises:
+        ConfigError: a file, key or value that cannot be meant, or flags that contradict each other.
+    """
+    config = configuration.default_config()
+    cfg = "demo" if _names_nothing(args) else args.cfg
+    if cfg is not None:
+        path = config_files.find("model", cfg)
+        configuration.merge_file(config, path)
+        if path == config_files.find("model", "demo") and not (args.resume or args.pretrained):
+            configuration.put(config, "DEMO", True, "--cfg demo" if args.cfg else "no other flag")
+    if args.recipe is not None:
+        configuration.merge_recipe(config, config_files.find("recipe", args.recipe))
+    configuration.merge_pairs(config, args.opts or [])
+    for flag in FLAGS.values():
+        value = getattr(args, flag.name.replace("-", "_"))
+        if value in (None, False) or flag.name == "opts":
+            continue
+        _check_text(flag, value)
+        for key in flag.keys:
+            configuration.put(config, key, value, f"--{flag.name}")
+    _use_local_rank(args.local_rank)
+    if args.action:
+        _check_model_and_data(config, args)
+    _check_agreement(config, args)
+    config.freeze()
+    return config, config.origins
+
+
+def unused(args: argparse.Namespace) -> list[str]:
+    """The flags given that do nothing for this action."""
+    return [
+        f"--{flag.name}"
+        for flag in FLAGS.values()
+        if getattr(args, flag.name.replace("-", "_")) and args.action not in (*flag.actions, "")
+    ]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns the exit code: 0, 2 for a mistake, 130 when interrupted."""
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except SwinqError as error:
+        return _failed(error, EXIT_MISTAKE)
+    except KeyboardInterrupt as error:
+        return _failed(error, EXIT_INTERRUPTED)
+    except BrokenPipeError:  # whoever read our output has left, as `| head` does
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  (kept until the interpreter has flushed)
+        return EXIT_MISTAKE
+    except OSError as error:
+        named = f"{error.filename}: " if error.filename else ""
+        fix = "check the path, the permissions and the free space"
+        return _failed(SwinqError(f"{named}{error.strerror or error}", fix), EXIT_MISTAKE, error)
+
+
+def _main(argv: Sequence[str]) -> int:
+    args = parse(argv)
+    if args.print_config:
+        config, _ = resolve(args)
+        if distributed.is_main():
+            print(configuration.dump(config), end="")
+        return 0
+    console.say(f"swinq {__version__} --{args.action}: starting", "title")
+    config, origins = resolve(args)
+    console.say(configuration.describe(config, origins))
+    for name in unused(args):
+        console.say(f"note: {name} changes nothing for --{args.action}", "warning")
+    if config.DEMO:
+        console.say(
+            "demo: no --cfg, --resume or --data-path given, so this is the shipped micro-Swin on "
+            "scikit-learn's handwritten digits; these are not ImageNet numbers",
+            "warning",
+        )
+    if args.dry_run:
+        from swinq import preflight
+
+        return 0 if preflight.run(args.action, config) else EXIT_MISTAKE
+    return _run(args.action, config)
+
+
+def _run(action: str, config: Config) -> int:
+    """Joins the ranks and runs the action; torchrun is told of the first error."""
+    import torch
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from swinq import commands
+
+    @record
+    def work() -> int:
+        device = distributed.select_device(config.DEVICE)
+        distributed.init("nccl" if device.type == "cuda" else "gloo", timeout_s=config.DIST.TIMEOUT)
+        return commands.run(action, config)
+
+    try:
+        code = work()
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise SwinqError(
+            f"out of memory with {config.DATA.BATCH_SIZE} images a step on {config.DEVICE}",
+            f"use --batch-size {max(config.DATA.BATCH_SIZE // 2, 1)}",
+        ) from error
+    distributed.shutdown()
+    return int(code or 0)
+
+
+def _failed(error: BaseException, code: int, cause: BaseException | None = None) -> int:
+    """Says what went wrong, in at most ten lines, and ends this rank without waiting for others."""
+    if os.environ.get("SWINQ_DEBUG") == "1":
+        raise cause or error
+    try:
+        many = distributed.world_size() > 1
+        echo = not distributed.is_main()
+    except SwinqError:  # the environment itself is the mistake
+        many = echo = False
+    if echo:
+        time.sleep(ECHO_DELAY_S)
+    if isinstance(error, KeyboardInterrupt):
+        console.complain("interrupted; no file was left half written", label="")
+    else:
+        lines = str(error).splitlines()
+        console.complain("\n".join(lines[:10]))
+    if many:  # other threads may hang in a collective that this rank will never join
+        sys.stdout.flush()
+        os._exit(code)
+    return code
+
+
+def _check_text(flag: Flag, value: str | bool) -> None:
+    if value == "":
+        raise ConfigError(f"--{flag.name} is empty", "give a value: is a shell variable unset?")
+    if flag.choices and value not in flag.choices:
+        raise ConfigError(
+            f"--{flag.name} is '{value}', wanted {' or '.join(flag.choices)}",
+            f"--{flag.name} {flag.choices[0]}",
+        )
+
+
+def _names_nothing(args: argparse.Namespace) -> bool:
+    """Whether a command names no model, no weights and no data, and so means the demo."""
+    keys = {"MODEL.RESUME", "MODEL.PRETRAINED", "DATA.DATA_PATH"} & set((args.opts or [])[::2])
+    given = (args.cfg, args.resume, args.pretrained, args.data_path)
+    return bool(args.action) and not keys and given == (None, None, None, None)
+
+
+def _use_local_rank(text: str | None) -> None:
+    """Takes --local-rank where the environment does not say it; refuses a contradiction."""
+    if text is None:
+        return
+    if not text.isdecimal():
+        raise ConfigError(f"--local-rank is '{text}', wanted a number from 0", "--local-rank 0")
+    stated = os.environ.setdefault("LOCAL_RANK", text)
+    if stated != text:
+        raise ConfigError(
+            f"--local-rank is {text}, but the environment says LOCAL_RANK={stated}",
+            "leave --local-rank out: torchrun sets LOCAL_RANK",
+        )
+
+
+def _check_model_and_data(config: Config, args: argparse.Namespace) -> None:
+    """Refuses half a command: a model without weights, weights without images, and so on."""
+    weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    named = args.cfg is not None or weights
+    if config.DEMO:
+        return  # its weights are shipped
+    if not named:
+        raise ConfigError(
+            f"--data-path is '{config.DATA.DATA_PATH}', but no model is named",
+            "add --resume CHECKPOINT, or leave --data-path out for the embedded demo",
+        )
+    if not weights and args.action != "throughput":
+        raise ConfigError(
+            f"--{args.action} needs trained weights, and only --cfg {args.cfg} is given",
+            "add --resume CHECKPOINT",
+        )
+    if not config.DATA.DATA_PATH and args.action in DATA_ACTIONS:
+        raise ConfigError(
+            f"--{args.action} of {weights} needs images, and no data path is given",
+            "add --data-path /data/imagenet (a folder or zip), or --data-path digits or fake",
+        )
+
+
+def _check_agreement(config: Config, args: argparse.Namespace) -> None:
+    """Refuses values that are each right and together contradict."""
+    origins, model = config.origins, config.MODEL
+    if model.RESUME and model.PRETRAINED:
+        raise ConfigError(
+            f"two checkpoints: --resume {model.RESUME} and --pretrained {model.PRETRAINED}",
+            "keep --resume; --pretrained is for weights of another window or head",
+        )
+    if model.PRETRAINED and "MODEL.TYPE" not in origins:
+        raise ConfigError(
+            f"--pretrained {model.PRETRAINED} is fitted to a model, and none is named",
+            "add --cfg NAME, or use --resume to take the model from the checkpoint",
+        )
+    claimed = {1: "swin", 2: "swinv2"}.get(model.VERSION)
+    if claimed and "MODEL.TYPE" in origins and claimed != model.TYPE:
+        raise ConfigError(
+            f"--version {model.VERSION} means {claimed}, but the model is a {model.TYPE} "
+            f"({origins['MODEL.TYPE']})",
+            "leave --version out, or name the --cfg of the other version",
+        )
+    if "CALIB.PERCENTILE" in origins and config.CALIB.METHOD != "percentile":
+        if origins["CALIB.PERCENTILE"] in ("--percentile", "--opts"):
+            raise ConfigError(
+                f"percentile {config.CALIB.PERCENTILE} is given, but the calibrator is "
+                f"{config.CALIB.METHOD}",
+                "leave --percentile out, or use --calibrator percentile",
+            )
+    for key in ("DATA.ZIP_MODE", "DATA.CACHE_MODE"):
+        if origins.get(key, "").startswith("--") and configuration.is_embedded(
+            config.DATA.DATA_PATH
+        ):
+            raise ConfigError(
+                f"{origins[key]} is given, but the data '{config.DATA.DATA_PATH}' lie in no zip",
+                "leave it out, or give --data-path FOLDER",
+            )

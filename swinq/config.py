@@ -1,0 +1,394 @@
+"""The configuration: every key and its default, files, overrides, and where each value came from.
+
+The keys of the official Swin files keep their names, so those files load as they are, training
+sections included. A value enters by `put` alone, which has it converted and checked (schema.py) and
+records its origin.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import os
+import textwrap
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from yacs.config import CfgNode
+
+from swinq import config_files, schema
+from swinq.errors import ConfigError
+
+RECIPE_SECTIONS = ("QUANT", "CALIB", "INT8")
+
+_SWIN = {
+    "PATCH_SIZE": 4,
+    "IN_CHANS": 3,
+    "EMBED_DIM": 96,
+    "DEPTHS": [2, 2, 6, 2],
+    "NUM_HEADS": [3, 6, 12, 24],
+    "WINDOW_SIZE": 7,
+    "MLP_RATIO": 4.0,
+    "QKV_BIAS": True,
+    "APE": False,  # absolute position embedding: refused
+    "PATCH_NORM": True,
+}
+
+DEFAULTS: dict[str, Any] = {
+    "DATA": {
+        "BATCH_SIZE": 64,  # images a step in evaluation and training, on each rank
+        "DATA_PATH": "",
+        "DATASET": "imagenet",
+        "IMG_SIZE": 224,
+        "INTERPOLATION": "bicubic",
+        "ZIP_MODE": False,
+        "CACHE_MODE": "part",
+        "PIN_MEMORY": True,
+        "NUM_WORKERS": -1,  # -1: as many as there are cores for this rank, at most 8
+    },
+    "MODEL": {
+        "TYPE": "swin",
+        "VERSION": 0,  # what --version claims: 1, 2, or 0 for no claim
+        "NAME": "swin_tiny_patch4_window7_224",
+        "PRETRAINED": "",
+        "RESUME": "",
+        "NUM_CLASSES": 1000,
+        "DROP_RATE": 0.0,
+        "DROP_PATH_RATE": 0.1,
+        "LABEL_SMOOTHING": 0.1,
+        "SWIN": {**_SWIN, "QK_SCALE": None},
+        "SWINV2": {**_SWIN, "PRETRAINED_WINDOW_SIZES": [0, 0, 0, 0]},
+    },
+    "QUANT": {
+        "NAME": "int8",  # the recipe's name; a recipe file that has none is called by its own
+        "WEIGHT": {"GRANULARITY": "per_channel"},
+        # MIGRATION: exponents of the scale vector over input channels to choose from; [] = none
+        "INPUT": {"GRANULARITY": "per_tensor", "MIGRATION": [0.0, 0.25, 0.5, 0.75]},
+        "OUTPUT": {
+            "GRANULARITY": "per_channel",
+            "LAYERS": ["proj", "fc2", "reduction"],
+            "POSITION": "after_bias",
+            "HEADROOM": 1.1,
+            "METHOD": "max",
+        },
+        "ATTENTION": {"PROBABILITIES": "row_max"},
+        "BIAS_CORRECTION": True,
+        "ALLOW_DEAD": [],  # patterns of layers whose tensors may be all zero
+        "LAYERS": [],  # {PATTERN: "layers.3.*", PRECISION: fp16}, in order; the later one wins
+    },
+    "CALIB": {
+        "NUM_BATCHES": 10,
+        "BATCH_SIZE": 8,
+        "SEED": 0,
+        "METHOD": "percentile",
+        "PERCENTILE": 99.99,
+        "OUTPUT_PATH": "",  # where the calibrated and exported files go; empty: the run's folder
+    },
+    "INT8": {"MODE": 0},  # 1, 2, or 0: what the checkpoint says, and both when --calib exports
+    "EVAL": {"TRANSFORM": "official"},
+    "REPORT": {"SENSITIVITY_IMAGES": 16, "LATENCY_BATCH": 1, "TENSORBOARD": True},
+    "TRAIN": {
+        "START_EPOCH": 0,
+        "EPOCHS": 300,
+        "WARMUP_EPOCHS": 20,
+        "WEIGHT_DECAY": 0.05,
+        "BASE_LR": 5e-4,
+        "WARMUP_LR": 5e-7,
+        "MIN_LR": 5e-6,
+        "CLIP_GRAD": 5.0,
+        "AUTO_RESUME": True,
+        "ACCUMULATION_STEPS": 1,
+        "USE_CHECKPOINT": False,
+        "LAYER_DECAY": 1.0,
+        "LR_SCHEDULER": {
+            "NAME": "cosine",
+            "DECAY_EPOCHS": 30,
+            "DECAY_RATE": 0.1,
+            "WARMUP_PREFIX": True,
+            "GAMMA": 0.1,
+            "MULTISTEPS": [],
+        },
+        "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9},
+    },
+    "AUG": {
+        "COLOR_JITTER": 0.4,
+        "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
+        "REPROB": 0.25,
+        "REMODE": "pixel",
+        "RECOUNT": 1,
+        "MIXUP": 0.8,
+        "CUTMIX": 1.0,
+        "CUTMIX_MINMAX": None,
+        "MIXUP_PROB": 1.0,
+        "MIXUP_SWITCH_PROB": 0.5,
+        "MIXUP_MODE": "batch",
+    },
+    "TEST": {"CROP": True, "SEQUENTIAL": False, "SHUFFLE": False},
+    "DIST": {"TIMEOUT": 600},  # seconds a rank may keep the others waiting
+    "AMP_ENABLE": True,
+    "DEMO": False,
+    "DEVICE": "auto",
+    "OUTPUT": "output",
+    "TAG": "default",
+    "SAVE_FREQ": 1,
+    "PRINT_FREQ": 10,
+    "SEED": 0,
+}
+
+
+class Config(CfgNode):
+    """A yacs tree that remembers where each stated value came from.
+
+    Attributes:
+        origins: key -> what stated it (a flag, "--opts", a file, "recipe ...", "checkpoint ...").
+            A key that nothing stated, and that so has its default, is not there.
+        ignored: foreign keys that a file held and that decide nothing here.
+    """
+
+    origins: dict[str, str]
+    ignored: list[str]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.__dict__["origins"] = {}
+        self.__dict__["ignored"] = []
+
+
+def default_config() -> Config:
+    """A new configuration in which nothing is stated."""
+    return Config(copy.deepcopy(DEFAULTS))
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key with its dots, and its value."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+_DEFAULT_OF = dict(leaves(DEFAULTS))
+
+
+def put(config: Config, key: str, value: object, origin: str) -> None:
+    """Sets one key, frozen or not, and records who said so.
+
+    Args:
+        config: changed in place.
+        key: with dots, such as "CALIB.PERCENTILE".
+        value: of the key's type, or a text that reads as one (as --opts and flags give it).
+        origin: what stated it, for messages and `describe`.
+
+    Raises:
+        ConfigError: there is no such key, or the value is of another type or out of range.
+    """
+    if key not in _DEFAULT_OF:
+        raise _unknown(key, origin)
+    converted = schema.checked(key, value, _DEFAULT_OF[key], origin)
+    *sections, name = key.split(".")
+    node = config
+    for section in sections:
+        node = node[section]
+    dict.__setitem__(node, name, converted)
+    config.origins[key] = origin
+
+
+def merge_file(config: Config, path: Path) -> None:
+    """Merges a YAML file, after the files its BASE names.
+
+    Raises:
+        ConfigError: the file cannot be read, leaves its own folder by BASE, or holds a bad key.
+    """
+    path = path.resolve()
+    root = (
+        config_files.CONFIGS.resolve()
+        if path.is_relative_to(config_files.CONFIGS.resolve())
+        else path.parent
+    )
+    _merge_file(config, path, root, ())
+
+
+def merge_recipe(config: Config, path: Path) -> None:
+    """Merges a quantization recipe: a YAML file with QUANT and, if it likes, CALIB and INT8."""
+    tree = config_files.read(path)
+    other = [name for name in tree if name not in RECIPE_SECTIONS]
+    if other or "QUANT" not in tree:
+        what = f"holds {other[0]}" if other else "has no QUANT section"
+        raise ConfigError(
+            f"{path} is not a recipe: it {what}",
+            f"a recipe has QUANT and perhaps CALIB or INT8; {config_files.shipped_list('recipe')}",
+        )
+    origin = f"recipe {path.stem}"
+    put(config, "QUANT.NAME", path.stem, origin)
+    _merge_tree(config, tree, "", origin)
+
+
+def merge_pairs(config: Config, pairs: list[str]) -> None:
+    """Merges the KEY VALUE pairs of --opts."""
+    if len(pairs) % 2:
+        raise ConfigError(
+            f"--opts has a key without a value: '{pairs[-1]}'",
+            "write pairs: --opts CALIB.PERCENTILE 99.9 TAG second",
+        )
+    for key, text in zip(pairs[::2], pairs[1::2], strict=True):
+        if key == "BASE" or any(_under(key, foreign) for foreign in schema.FOREIGN):
+            raise ConfigError(f"--opts {key} would decide nothing here", "leave it out")
+        put(config, key, text, "--opts")
+
+
+def is_embedded(data_path: str) -> bool:
+    """Whether a data path names data that need no files: "digits", "fake" or "fake:N"."""
+    name, colon, count = data_path.partition(":")
+    return data_path == "digits" or (name == "fake" and (not colon or count.isdecimal()))
+
+
+def describe(config: Config, origins: Mapping[str, str]) -> str:
+    """What differs from the defaults, under the name of whatever stated it."""
+    changed = {key: value for key, value in leaves(config) if value != _DEFAULT_OF[key]}
+    said: dict[str, list[str]] = {}
+    for key, value in changed.items():
+        said.setdefault(origins.get(key, "set in Python"), []).append(
+            f"{key}={schema.shown(value)}"
+        )
+    lines = [f"configuration: {len(changed)} of {len(_DEFAULT_OF)} values differ from the defaults"]
+    for origin, settings in said.items():
+        first, rest = f"  {origin}: ", " " * 6
+        lines.append(
+            textwrap.fill(
+                "  ".join(setting.replace(" ", "\0") for setting in settings),
+                width=100,
+                initial_indent=first,
+                subsequent_indent=rest,
+                break_long_words=False,
+                break_on_hyphens=False,
+            ).replace("\0", " ")
+        )
+    if config.ignored:
+        lines.append(f"  not used here: {', '.join(config.ignored)}")
+    return "\n".join(lines)
+
+
+def dump(config: Config) -> str:
+    """The whole configuration as YAML that loads back to the same, origins as comments on top."""
+    head = [
+        f"# {key}: {' '.join(origin.split())}" for key, origin in sorted(config.origins.items())
+    ]
+    body = yaml.safe_dump(_plain(config), sort_keys=False, default_flow_style=None, width=100)
+    return "\n".join([*head, body])
+
+
+def save(config: Config, path: str | os.PathLike[str]) -> None:
+    """Writes `dump` under its final name in one step, so that no reader ever sees half of it."""
+    target = Path(path)
+    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(scratch, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(dump(config))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, target)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise ConfigError(
+            f"cannot write {target}: {error.strerror}", "choose another folder with --output"
+        ) from error
+
+
+def _merge_file(config: Config, path: Path, root: Path, above: tuple[Path, ...]) -> None:
+    if path in above:
+        chain = " -> ".join(p.name for p in (*above, path))
+        raise ConfigError(f"BASE goes in a circle: {chain}", f"remove BASE from {path}")
+    tree = config_files.read(path)
+    bases = tree.pop("BASE", None) or []
+    if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(
+            f"BASE in {path} is {schema.shown(bases)}, wanted a list of file names",
+            "write BASE: ['common.yaml']",
+        )
+    for base in filter(None, bases):  # the official default is ['']
+        below = (path.parent / base).resolve()
+        if not below.is_relative_to(root):
+            raise ConfigError(
+                f"BASE '{base}' in {path} leads out of {root}",
+                "keep the file it is based on in the same folder or below",
+            )
+        _merge_file(config, below, root, (*above, path))
+    _merge_tree(config, tree, "", _from_here(path))
+
+
+def _from_here(path: Path) -> str:
+    """A path as short as it can be written without leading dots."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
+def _merge_tree(config: Config, tree: Mapping[Any, Any], prefix: str, origin: str) -> None:
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if key in schema.FOREIGN:
+            if key not in config.ignored:
+                config.ignored.append(key)
+        elif key in _SECTIONS:
+            if not isinstance(value, Mapping):
+                raise ConfigError(
+                    f"{key} is {schema.shown(value)} ({origin}), but it is a section",
+                    f"it holds {', '.join(_children(key))}",
+                )
+            _merge_tree(config, value, f"{key}.", origin)
+        else:
+            put(config, key, value, origin)
+    if prefix == "DATA." and tree.get("DATASET") == "imagenet22K":
+        if "MODEL.NUM_CLASSES" not in config.origins:  # as the official data loader has it
+            put(config, "MODEL.NUM_CLASSES", 21841, f"DATA.DATASET in {origin}")
+
+
+def _unknown(key: str, origin: str) -> ConfigError:
+    """The error for an unknown key, with the nearest one by its full name or its last word."""
+    if key in _SECTIONS:
+        return ConfigError(
+            f"{key} ({origin}) is a section, not a value",
+            f"set one of {', '.join(f'{key}.{child}' for child in _children(key)[:6])}",
+        )
+    known = {name.casefold(): name for name in (*_DEFAULT_OF, *_SECTIONS)}
+    near = difflib.get_close_matches(key.casefold(), known, n=1, cutoff=0.75)
+    if not near:
+        lasts = {name.rpartition(".")[2].casefold(): name for name in (*_SECTIONS, *_DEFAULT_OF)}
+        last = key.rpartition(".")[2].casefold()
+        near = [lasts[m] for m in difflib.get_close_matches(last, lasts, n=1, cutoff=0.75)]
+    nearest = known.get(near[0], near[0]) if near else ""
+    return ConfigError(
+        f"there is no configuration key '{schema.shown(key)}' ({origin})",
+        f"did you mean {nearest}?" if nearest else "swinq/main.py --print-config lists every key",
+    )
+
+
+def _children(section: str) -> list[str]:
+    node: Any = DEFAULTS
+    for name in section.split("."):
+        node = node[name]
+    return list(node)
+
+
+def _sections(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield f"{prefix}{name}"
+            yield from _sections(value, f"{prefix}{name}.")
+
+
+_SECTIONS = frozenset(_sections(DEFAULTS))
+
+
+def _under(key: str, section: str) -> bool:
+    return key == section or key.startswith(section + ".")
+
+
+def _plain(value: Any) -> Any:
+    """Plain dictionaries and lists, as YAML writes them without tags."""
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value

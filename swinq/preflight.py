@@ -1,0 +1,262 @@
+"""What --dry-run looks at before hours are spent: model, checkpoint, data, output, disk, device.
+
+Only directories and headers are read, so that the largest checkpoint and data set cost
+milliseconds. What is read in full later is checked in full by whoever reads it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from swinq import config as configuration
+from swinq import console, distributed
+from swinq.config import Config
+from swinq.data.images import is_image_name
+from swinq.errors import CheckpointError, DataError, SwinqError
+from swinq.models.architecture import Architecture
+
+MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library has
+REPORT_BYTES = 16 << 20  # report, pictures and TensorBoard
+_PYTORCH_OLD = (b"\x80\x02", b"\x80\x04")  # a bare pickle: torch.save before 1.6
+
+
+def run(action: str, config: Config) -> bool:
+    """Prints a checklist and tells whether everything on it is in order.
+
+    Args:
+        action: "calib", "eval", "export" or "throughput".
+        config: the resolved configuration.
+    """
+    failed = 0
+    looks = checks(action, config)
+    for name, look in looks.items():
+        try:
+            console.say(f"  ok    {name}: {look()}", "good")
+        except SwinqError as error:
+            failed += 1
+            console.say(f"  FAIL  {name}: " + str(error).replace("\n", "\n      "), "error")
+    verdict = (
+        f"{failed} of {len(looks)} checks failed" if failed else f"all {len(looks)} checks passed"
+    )
+    console.say(f"dry run: {verdict}; nothing was done", "error" if failed else "good")
+    return not failed
+
+
+def checks(action: str, config: Config) -> dict[str, Callable[[], str]]:
+    """What is looked at for an action: each returns what it found, or raises a SwinqError."""
+    looks: dict[str, Callable[[], str]] = {}
+    weights = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    if "MODEL.TYPE" in config.origins:
+        looks["model"] = lambda: _model(config)
+    if weights:
+        looks["checkpoint"] = lambda: _checkpoint(Path(weights), config)
+    if action in ("calib", "eval") or config.DATA.DATA_PATH:
+        splits = ("train", "val") if action == "calib" else ("val",)
+        looks["data"] = lambda: _data(config.DATA.DATA_PATH, splits, config.DATA.ZIP_MODE)
+    for folder in filter(None, (config.OUTPUT, config.CALIB.OUTPUT_PATH)):
+        looks[f"folder {folder}"] = lambda folder=folder: _writable(Path(folder))  # type: ignore[misc]
+    if action in ("calib", "export"):
+        place = Path(config.CALIB.OUTPUT_PATH or config.OUTPUT)
+        looks["disk"] = lambda: _disk(place, Path(weights) if weights else None, config)
+    looks["device"] = lambda: _device(config.DEVICE)
+    return looks
+
+
+def architecture(config: Config) -> Architecture:
+    """The model that the configuration describes, checked.
+
+    Raises:
+        ConfigError: the sizes contradict each other; the message names the field.
+    """
+    two = config.MODEL.TYPE == "swinv2"
+    sizes = config.MODEL.SWINV2 if two else config.MODEL.SWIN
+    depths = tuple(sizes.DEPTHS)
+    stated = tuple(sizes.PRETRAINED_WINDOW_SIZES) if two else ()
+    made = Architecture(
+        version=2 if two else 1,
+        img_size=config.DATA.IMG_SIZE,
+        patch_size=sizes.PATCH_SIZE,
+        in_chans=sizes.IN_CHANS,
+        num_classes=config.MODEL.NUM_CLASSES,
+        embed_dim=sizes.EMBED_DIM,
+        depths=depths,
+        num_heads=tuple(sizes.NUM_HEADS),
+        window_size=sizes.WINDOW_SIZE,
+        mlp_ratio=sizes.MLP_RATIO,
+        qkv_bias=sizes.QKV_BIAS,
+        # the default is four zeros, whatever the number of stages: no zero says anything
+        pretrained_window_sizes=stated if any(stated) else (0,) * len(depths),
+        norm_eps=1e-5,  # nn.LayerNorm's, which every official model was trained with
+    )
+    made.validate()
+    return made
+
+
+def _model(config: Config) -> str:
+    made = architecture(config)
+    depths = "-".join(map(str, made.depths))
+    return (
+        f"{config.MODEL.NAME}: Swin v{made.version}, {made.img_size} px, "
+        f"window {made.window_size}, {made.embed_dim} channels, blocks {depths}, "
+        f"{made.num_classes} classes"
+    )
+
+
+def _checkpoint(path: Path, config: Config) -> str:
+    """Recognises the container by its first bytes and reads its directory, no tensor."""
+    try:
+        size = path.stat().st_size
+        if path.is_dir():
+            raise CheckpointError(f"{path} is a folder, wanted a checkpoint file", "name the file")
+        with open(path, "rb") as file:
+            head = file.read(8)
+            if head[:4] == b"PK\x03\x04":
+                return _pytorch(path, size)
+            if head[:2] in _PYTORCH_OLD:
+                raise CheckpointError(
+                    f"{path} is in PyTorch's format of before 1.6, which is a bare pickle",
+                    "load it where you trust it and torch.save it again",
+                )
+            length = int.from_bytes(head, "little")
+            if len(head) == 8 and 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
+                return _safetensors(path, size, file.read(length), config)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot read the checkpoint {path}: {error.strerror}", "check --resume or --pretrained"
+        ) from error
+    raise CheckpointError(
+        f"{path} ({size} bytes) is neither a PyTorch nor a safetensors checkpoint",
+        "is it complete? download or copy it again",
+    )
+
+
+def _pytorch(path: Path, size: int) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise CheckpointError(
+            f"{path} ({size} bytes) is a damaged PyTorch checkpoint: {error}",
+            "it was cut short or changed: download or copy it again",
+        ) from error
+    if not any(name.endswith("/data.pkl") for name in names):
+        raise CheckpointError(
+            f"{path} is a zip file, but no PyTorch checkpoint",
+            "images are given with --data-path, weights with --resume",
+        )
+    tensors = sum("/data/" in name for name in names)
+    return f"{path.name}, PyTorch, {tensors} tensors, {_megabytes(size)}"
+
+
+def _safetensors(path: Path, size: int, header: bytes, config: Config) -> str:
+    damaged = CheckpointError(
+        f"{path} ({size} bytes) is a damaged safetensors file", "download or copy it again"
+    )
+    try:
+        entries: Any = json.loads(header)
+        metadata: Mapping[str, str] = entries.pop("__metadata__", {})
+        ends = [entry["data_offsets"][1] for entry in entries.values()]
+        whole = max(ends, default=0) + len(header) + 8 == size
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError) as error:
+        raise damaged from error
+    if not whole:
+        raise damaged
+    kind = "safetensors"
+    if metadata.get("format") == "swinq-int8":
+        mode = metadata.get("int8_mode", "?")
+        kind = f"INT8 mode {mode}"
+        if config.INT8.MODE and mode != str(config.INT8.MODE):
+            raise CheckpointError(
+                f"{path} was exported with int8_mode {mode}, and --int8-mode is {config.INT8.MODE}",
+                f"use --int8-mode {mode}, or the file of the other mode",
+            )
+    return f"{path.name}, {kind}, {len(entries)} tensors, {_megabytes(size)}"
+
+
+def _data(data_path: str, splits: tuple[str, ...], zip_mode: bool) -> str:
+    """Whether each split is there in one of the forms that are read; no image is opened."""
+    if configuration.is_embedded(data_path):
+        return data_path
+    path = Path(os.path.expanduser(data_path))
+    if not os.path.exists(path):
+        raise DataError(f"there is nothing at --data-path {data_path}", "check the path")
+    if path.is_file():
+        if not zipfile.is_zipfile(path):
+            raise DataError(f"{path} is a file, but no zip", "give a folder, or a zip of images")
+        return f"{path.name}, one zip"
+    missing = [split for split in splits if not _has_split(path, split, zip_mode)]
+    if not missing:
+        return f"{path}, {' and '.join(splits)}"
+    if zip_mode:
+        raise DataError(
+            f"--zip wants {missing[0]}.zip and {missing[0]}_map.txt in {path}",
+            "add them, or leave --zip out for folders",
+        )
+    names = os.listdir(path)
+    if {"train", "val"} <= set(missing) and any(map(is_image_name, names)):
+        return f"{path}, images without labels: enough to calibrate, not to evaluate"
+    archive = next((name for name in sorted(names) if name.lower().endswith(".zip")), None)
+    raise DataError(
+        f"{path} has neither {missing[0]}/ nor {missing[0]}.zip with {missing[0]}_map.txt",
+        f"name the zip itself: --data-path {path / archive}"
+        if archive
+        else f"wanted {' and '.join(f'{split}/<class>/<image>' for split in splits)}",
+    )
+
+
+def _has_split(path: Path, split: str, zip_mode: bool) -> bool:
+    zipped = all((path / name).is_file() for name in (f"{split}.zip", f"{split}_map.txt"))
+    return zipped or (not zip_mode and (path / split).is_dir())
+
+
+def _existing(folder: Path) -> Path:
+    """The folder itself, or the nearest one above it that exists."""
+    for place in (folder.absolute(), *folder.absolute().parents):
+        if place.exists():
+            return place
+    return Path("/")
+
+
+def _writable(folder: Path) -> str:
+    """Writes and removes a file where results will go (or where their folder will be made)."""
+    place = _existing(folder)
+    try:
+        with tempfile.NamedTemporaryFile(dir=place, prefix=".swinq-"):
+            pass
+    except OSError as error:
+        raise SwinqError(
+            f"cannot write to {folder}: {place}: {error.strerror}",
+            "choose another folder with --output or --calib-output-path",
+        ) from error
+    return "writable" if place == folder.absolute() else f"will be made in {place}"
+
+
+def _disk(folder: Path, weights: Path | None, config: Config) -> str:
+    """Compares the free space with what the run writes: float ranges and one file per mode."""
+    size = weights.stat().st_size if weights and weights.is_file() else 0
+    modes = 1 if config.INT8.MODE else 2
+    needed = 2 * size + modes * size // 2 + REPORT_BYTES  # a half-precision checkpoint doubles
+    free = shutil.disk_usage(_existing(folder)).free
+    if free < needed:
+        raise SwinqError(
+            f"{folder} has {_megabytes(free)} free, and this run writes about {_megabytes(needed)}",
+            "free some space, or choose another folder with --output",
+        )
+    return f"{_megabytes(free)} free, about {_megabytes(needed)} needed"
+
+
+def _device(name: str) -> str:
+    if name == "cpu":
+        return "cpu"  # without the seconds that importing torch takes
+    return str(distributed.select_device(name))
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
