@@ -34,7 +34,7 @@ find_python() {
 # What an installation depends on; 'dev' holds everything that the plain one does.
 wanted() { { cat pyproject.toml constraints.txt && pwd && echo "${SWINQ_TORCH_INDEX:-} $1"; } | cksum; }
 
-if [[ -f "$stamp" ]] && "$venv/bin/python" -c '' 2>/dev/null; then
+if [[ -f "$stamp" ]] && "$venv/bin/python" -c '' >/dev/null 2>&1; then
     installed="$(cat "$stamp")"
     if [[ "$installed" == "$(wanted dev)" || "$installed" == "$(wanted "$extra")" ]]; then
         exit 0

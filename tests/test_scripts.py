@@ -1,0 +1,134 @@
+"""The shell scripts, run in a bare copy of the checkout with a stand-in for .venv's programs."""
+
+import os
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
+
+# Prints what it was called as and with: stands for python, pip, torchrun and srun.
+ECHO = '#!/bin/sh\necho "$(basename "$0") $*"\n'
+
+
+def program(path: Path, text: str = ECHO) -> None:
+    """Write an executable script."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A copy of the scripts in which .venv holds stand-ins that say how they were called."""
+    root = tmp_path / "a checkout"  # people's paths have spaces
+    shutil.copytree(SCRIPTS, root / "scripts")
+    (root / "pyproject.toml").write_text("[project]\n")
+    (root / "constraints.txt").write_text("torch==1\n")
+    for name in ("python", "torchrun"):
+        program(root / ".venv" / "bin" / name)
+    return root
+
+
+def run(checkout: Path, script: str, *args: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a script from another folder than its own."""
+    return subprocess.run(
+        ["bash", str(checkout / "scripts" / script), *args],
+        cwd=checkout.parent,
+        env={"PATH": os.environ["PATH"]} | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+
+
+def test_install_asks_pip_once_and_again_when_the_requirements_change(checkout: Path) -> None:
+    first = run(checkout, "install.sh")
+    assert "install --constraint constraints.txt --quiet --editable ." in first.stdout
+    assert run(checkout, "install.sh").stdout == ""
+    (checkout / "constraints.txt").write_text("torch==2\n")
+    assert "--editable ." in run(checkout, "install.sh").stdout
+
+
+def test_install_for_development_serves_the_plain_one_but_not_the_reverse(checkout: Path) -> None:
+    run(checkout, "install.sh")
+    assert "--editable .[dev]" in run(checkout, "install.sh", "dev").stdout
+    assert run(checkout, "install.sh").stdout == ""
+
+
+def test_install_takes_torch_from_the_index_that_the_user_names(checkout: Path) -> None:
+    ran = run(checkout, "install.sh", SWINQ_TORCH_INDEX="https://example.org/cpu")
+    torch_line, rest = [line for line in ran.stdout.splitlines() if " install " in line]
+    assert torch_line.endswith("--index-url https://example.org/cpu torch torchvision")
+    assert "example.org" not in rest
+
+
+def test_install_that_failed_is_not_taken_for_done(checkout: Path) -> None:
+    program(
+        checkout / ".venv" / "bin" / "python",
+        '#!/bin/sh\ncase "$*" in *--editable*) exit 1;; esac\n',
+    )
+    failed = run(checkout, "install.sh")
+    assert failed.returncode == 1
+    assert "pip could not install" in failed.stderr
+    assert "fix:" in failed.stderr
+    assert run(checkout, "install.sh").returncode == 1
+
+
+def test_install_without_a_usable_python_says_what_to_install(checkout: Path) -> None:
+    shutil.rmtree(checkout / ".venv")
+    ran = run(checkout, "install.sh", SWINQ_PYTHON="python0.1")
+    assert ran.returncode == 1
+    assert "no Python >= 3.10 found as python0.1" in ran.stderr
+
+
+def test_demo_runs_the_command_that_the_readme_shows(checkout: Path) -> None:
+    ran = run(checkout, "demo.sh")
+    assert ran.stdout.splitlines()[-1] == "torchrun swinq/main.py --calib"
+    assert ran.returncode == 0
+
+
+def test_calib_hands_data_checkpoint_and_further_flags_over(checkout: Path) -> None:
+    ran = run(checkout, "calib.sh", "/data set", "swin.pth", "--tag", "first", GPUS="8")
+    command = ran.stdout.splitlines()[-1]
+    assert "--nproc_per_node 8 swinq/main.py --calib" in command
+    assert "--data-path /data set --resume swin.pth" in command
+    assert command.endswith("--tag first")
+
+
+@pytest.mark.parametrize("script", ["calib.sh", "eval.sh", "export.sh"])
+def test_script_without_its_arguments_says_which(checkout: Path, script: str) -> None:
+    ran = run(checkout, script)
+    assert ran.returncode != 0
+    assert "see the head of this file" in ran.stderr
+    assert ran.stdout == ""
+
+
+def test_export_is_mode_1_unless_told_otherwise(checkout: Path) -> None:
+    assert "--int8-mode 1" in run(checkout, "export.sh", "calibrated.safetensors").stdout
+    assert "--int8-mode 2" in run(checkout, "export.sh", "calibrated.safetensors", MODE="2").stdout
+
+
+def test_slurm_job_gives_every_node_the_same_rendezvous(checkout: Path, tmp_path: Path) -> None:
+    program(tmp_path / "bin" / "srun", '#!/bin/sh\necho "srun $*"\n')
+    program(tmp_path / "bin" / "scontrol", "#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
+    ran = run(
+        checkout,
+        "slurm_calib.sbatch",
+        "/data/imagenet",
+        "swin.pth",
+        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        SLURM_SUBMIT_DIR=str(checkout),
+        SLURM_JOB_ID="123456",
+        SLURM_JOB_NODELIST="node[7-8]",
+        SLURM_NNODES="2",
+        SLURM_GPUS_ON_NODE="4",
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "--nnodes 2 --nproc_per_node 4" in ran.stdout
+    assert "--rdzv_endpoint node7:23456" in ran.stdout
+    assert "swinq/main.py --calib --data-path /data/imagenet --resume swin.pth" in ran.stdout
