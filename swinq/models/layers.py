@@ -231,7 +231,8 @@ class SwinBase(nn.Module):
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Trade time for memory in training: keep only the input of each block."""
         for layer in self.layers:
-            layer.use_checkpoint = on
+            if isinstance(layer, BasicLayer):
+                layer.use_checkpoint = on
 
     def forward_features(self, x: Tensor) -> Tensor:
         """(B, in_chans, S, S) -> (B, tokens of the last stage, features), normalised."""

@@ -104,7 +104,7 @@ ALIASES: dict[str, str] = {
     **{
         name.removesuffix("_finetune"): name
         for name in VARIANTS
-        if name.endswith("22kto1k_finetune")
+        if name.endswith("_22kto1k_finetune")
     },
     # timm leaves out the patch size, and the training data, of version 2
     **{
