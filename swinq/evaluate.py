@@ -248,10 +248,13 @@ def compare(reference: Predictions, other: Predictions) -> Comparison:
         ],
         dtype=torch.int64,
     )
-    images, *cells, kl = distributed.all_reduce_sum_(counts).tolist()
+    images, both, only_reference, only_other, neither, agree, kl = distributed.all_reduce_sum_(
+        counts
+    ).tolist()
     if not images:
         raise DataError("there are no images to compare")
-    return Comparison(images, *cells, kl * KL_UNIT / images)
+    mean_kl = kl * KL_UNIT / images
+    return Comparison(images, both, only_reference, only_other, neither, agree, mean_kl)
 
 
 def mcnemar_exact(only_reference: int, only_other: int) -> float:

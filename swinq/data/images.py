@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import warnings
 from collections.abc import Sequence
 
@@ -43,7 +44,7 @@ _REPAIR = "repair or delete it; images are never skipped or replaced silently"
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is listed as an image; macOS's `._x.jpg` droppings are not."""
     base = name.rpartition("/")[2]
-    return not base.startswith(".") and "." + base.rpartition(".")[2].lower() in IMAGE_SUFFIXES
+    return not base.startswith(".") and os.path.splitext(base)[1].lower() in IMAGE_SUFFIXES
 
 
 def decode(data: bytes, name: str) -> Image.Image:
