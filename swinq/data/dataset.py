@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -102,15 +101,6 @@ class PixelDataset(ImageDataset):
     def raw(self, index: int) -> bytes:
         """The RGB pixels, row by row, uint8 (H, W, 3)."""
         return self.image(index).tobytes()
-
-
-def stacked(dataset: ImageDataset, indices: Iterable[int]) -> Tensor:
-    """Some images as one float32 tensor (n, 3, S, S).
-
-    Raises:
-        UnreadableImageError: the first image that cannot be read.
-    """
-    return torch.stack([dataset[index][0] for index in indices])
 
 
 def check_classes(found: Sequence[str], num_classes: int | None, place: str) -> None:

@@ -285,7 +285,8 @@ def test_cache_modes_keep_nothing_this_ranks_share_or_everything(
     for cache_mode, kept in (("no", []), ("part", [0, 1, 4]), ("full", list(range(9)))):
         path = write_zip(image_files, f"{cache_mode}.zip")
         dataset = open_dataset(path, "train", transform, cache_mode=cache_mode)
-        assert len(list(BatchLoader(dataset, share))) == 2
+        for _ in range(2):  # the second pass finds its images kept already
+            assert len(list(BatchLoader(dataset, share))) == 2
         path.write_bytes(bytes(path.stat().st_size))  # what is kept needs no archive any more
         for index in range(9):
             if index in kept:

@@ -1,6 +1,7 @@
 """Folders of images: labels by sorted name, and every way to lay them out wrongly is named."""
 
 import os
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -152,13 +153,30 @@ def test_splits_with_different_classes_are_refused(
     assert "ant" in message and "train/" in message and "val/" in message
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_folder_without_permission_is_named(
-    image_files: dict[str, bytes], write_folder: Write, transform: EvalTransform
+@pytest.mark.parametrize("place", ["", "val", "val/bee"])
+def test_a_folder_that_may_not_be_listed_is_named(
+    image_files: dict[str, bytes],
+    write_folder: Write,
+    transform: EvalTransform,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
 ) -> None:
     root = write_folder(image_files)
-    (root / "val/bee").chmod(0)
-    try:
-        assert "bee" in failure(root, transform)
-    finally:
-        (root / "val/bee").chmod(0o700)
+    if not place:
+        shutil.rmtree(root / "val")
+    refuse_to_list(root / place, monkeypatch)
+    message = failure(root, transform)
+    assert f"{root / place} cannot be listed: Permission denied" in message
+
+
+def refuse_to_list(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As chmod 0, which does not stop the superuser that tests may run as."""
+    for name in ("listdir", "scandir"):
+        real = getattr(os, name)
+
+        def guarded(path: object = ".", real: Callable[[object], object] = real) -> object:
+            if Path(str(path)) == place:
+                raise PermissionError(13, "Permission denied", str(path))
+            return real(path)
+
+        monkeypatch.setattr(os, name, guarded)
