@@ -97,7 +97,7 @@ def train(
     def rate(step: int) -> float:
         if step < warmup:
             return (step + 1) / warmup
-        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+        return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     started = time.monotonic()
