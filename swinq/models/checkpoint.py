@@ -22,7 +22,7 @@ from swinq.models.ranges import is_range_name
 from swinq.models.shapes import infer_architecture
 from swinq.models.variants import VARIANTS, nearest_variant
 
-MAX_LISTED = 4  # of each error: with the header, the count and the fix it has at most 8 lines
+MAX_LISTED = 5  # of an error; with header, count and fix it has 8 lines
 _BIAS_TABLE = ".relative_position_bias_table"
 
 

@@ -22,6 +22,7 @@ from swinq.models.layouts import OfficialState
 from swinq.models.variants import VARIANTS, variant_in
 
 DEFAULT_NORM_EPS = 1e-5
+GIVEN = "given configuration"
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ def infer_architecture(
     for hint in _hints(contents, given):
         found = _agree(evidence, hint)
         if found is not None:
-            if evidence.windows is None and hint.source != "the given configuration":
-                notes.append(f"window {found.window_size} from the {hint.source}")
+            if evidence.windows is None:
+                notes += _how_known(contents, hint, found)
             return found, notes
-        if hint.window_size is not None and hint.source != "the given configuration":
+        if hint.window_size is not None and hint.source != GIVEN:
             notes.append(
                 f"{hint.source} says window {hint.window_size}, image {hint.img_size}; "
                 "the tensors do not agree, ignored"
@@ -84,6 +85,18 @@ def infer_architecture(
         "stages share one window size",
         "use a model of configs/swin or configs/swinv2",
     )
+
+
+def _how_known(contents: Contents, hint: Hint, found: Architecture) -> list[str]:
+    """Where a version 2 window comes from, since nothing in the weights could contradict it."""
+    if hint.source != GIVEN:
+        return [f"window {found.window_size} from the {hint.source}"]
+    return [
+        f"the {source} says {name}, the given configuration window {found.window_size}: "
+        "the weights cannot tell which is right"
+        for source, name in ((source, variant_in(text)) for source, text in contents.model_names)
+        if name is not None and VARIANTS[name].window_size != found.window_size
+    ]
 
 
 def _hints(contents: Contents, given: Architecture | None) -> list[Hint]:
@@ -118,7 +131,7 @@ def _hints(contents: Contents, given: Architecture | None) -> list[Hint]:
             )
         )
     if given is not None:
-        hints.append(_whole_hint("the given configuration", given))
+        hints.append(_whole_hint(GIVEN, given))
     for source, text in contents.model_names:
         name = variant_in(text)
         if name is not None:
