@@ -1,0 +1,81 @@
+"""Writes a report's files whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from swinq.errors import DataError
+from swinq.report.csv import to_csv
+from swinq.report.html import to_html
+from swinq.report.markdown import to_markdown
+from swinq.report.schema import Report, to_json
+from swinq.report.verdict import judge
+
+RECIPE_FILE = "suggested_recipe.yaml"
+
+
+def write_report(report: Report, folder: Path | str) -> dict[str, Path]:
+    """Judge the figures and write them in every form.
+
+    Args:
+        report: its verdicts are made anew from its figures.
+        folder: made if it is not there.
+
+    Returns:
+        "html", "md", "json", "csv" -> path; "recipe" too if layers are worth excluding.
+
+    Raises:
+        DataError: a file cannot be written; what an earlier run wrote is then left as it was.
+    """
+    report = dataclasses.replace(report, verdicts=judge(report))
+    folder = Path(folder)
+    suggestion = report.sensitivity.suggestion if report.sensitivity else None
+    recipe = suggestion.recipe if suggestion else ""
+    texts = {
+        "html": (folder / "report.html", to_html(report)),
+        "md": (folder / "report.md", to_markdown(report)),
+        "json": (folder / "report.json", to_json(report)),
+        "csv": (folder / "report.csv", to_csv(report)),
+    }
+    if recipe:
+        texts["recipe"] = (folder / RECIPE_FILE, recipe)
+    _write_all(folder, dict(texts.values()))
+    if not recipe:
+        (folder / RECIPE_FILE).unlink(missing_ok=True)  # an earlier run's, no longer advised
+    return {kind: path for kind, (path, _) in texts.items()}
+
+
+def _write_all(folder: Path, texts: Mapping[Path, str]) -> None:
+    """Write each text beside its final name and sync it; rename when all of them are complete."""
+    beside: dict[Path, Path] = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, text in texts.items():
+            beside[path] = folder / f".{path.name}.{os.getpid()}.partial"
+            with open(beside[path], "w", encoding="utf-8", newline="") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+        for path, temporary in beside.items():
+            os.replace(temporary, path)
+        _sync_folder(folder)
+    except OSError as error:
+        raise DataError(
+            f"the report cannot be written to {folder}: {error.strerror}",
+            "give a folder that is writable and has a few megabytes free with --output",
+        ) from error
+    finally:
+        for temporary in beside.values():
+            temporary.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make the renames survive a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

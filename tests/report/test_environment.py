@@ -1,0 +1,35 @@
+"""A run describes itself and its inputs."""
+
+import hashlib
+import shlex
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+import torch
+
+from swinq.errors import DataError
+from swinq.report.environment import describe_file, describe_run
+
+
+def test_a_run_says_how_to_repeat_it() -> None:
+    words = ["swinq/main.py", "--calib", "--data-path", "my images/set 1"]
+    run = describe_run(words, "cpu", "Some Processor")
+    assert shlex.split(run.command) == words
+    assert datetime.fromisoformat(run.date).tzinfo is not None
+    assert run.environment.device == run.environment.cpu == "Some Processor"
+    assert run.environment.torch == torch.__version__
+    assert run.environment.ranks == 1 and "timm" in run.environment.packages
+
+
+def test_a_file_has_its_digest_and_size(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.pth"
+    path.write_bytes(b"x" * 3_000_000)
+    file = describe_file("checkpoint", path)
+    assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (file.role, file.size_bytes) == ("checkpoint", 3_000_000)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="checkpoint .*gone.pth cannot be read: No such file"):
+        describe_file("checkpoint", tmp_path / "gone.pth")

@@ -1,0 +1,220 @@
+"""What is written: whole files, harmless text, parseable tables, a page that needs nothing else."""
+
+import base64
+import csv
+import io
+import os
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from swinq.errors import DataError
+from swinq.report import write
+from swinq.report.csv import HEADER, to_csv
+from swinq.report.html import to_html
+from swinq.report.markdown import to_markdown
+from swinq.report.schema import Report, from_json
+from swinq.report.write import write_report
+from tests.report.sample import made_up_report
+
+EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $\\frac{ | `x` \n{{ 7*7 }} &amp;"
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def pictures(page: Page) -> list[str]:
+    sources = [attrs["src"] or "" for tag, attrs in page.tags if tag == "img"]
+    prefix = "data:image/svg+xml;base64,"
+    assert all(source.startswith(prefix) for source in sources)
+    return [base64.b64decode(source.removeprefix(prefix)).decode() for source in sources]
+
+
+def evil_report() -> Report:
+    report = made_up_report((1, 1))
+    report.model = report.run.command = EVIL
+    report.run.environment.device = report.configuration.text = EVIL
+    report.configuration.origins = {EVIL: EVIL}
+    for row in (*report.models, *report.latency, *report.quantizers):
+        row.name = EVIL + row.name
+    for file in report.files:
+        file.role = file.path = EVIL
+    for data in report.data:
+        data.source = data.transform = data.role = EVIL
+        data.class_names = [EVIL] * 3
+    for layer in report.layer_errors:
+        layer.layer = EVIL
+    assert report.sensitivity is not None and report.sensitivity.suggestion is not None
+    for sensitivity in report.sensitivity.rows:
+        sensitivity.layer = EVIL + sensitivity.layer
+    report.sensitivity.suggestion.recipe = report.sensitivity.suggestion.reason = EVIL
+    report.warnings, report.notes = [EVIL], [EVIL]
+    return report
+
+
+def test_hostile_names_stay_text_in_html_and_pictures() -> None:
+    text = to_html(evil_report())
+    page = Page(text)
+    tags = {tag for tag, _ in page.tags}
+    assert "script" not in tags
+    assert not any(key.startswith("on") for _, attrs in page.tags for key in attrs)
+    assert page.text.count("<script>alert(1)</script>") > 20  # shown as what it is
+    assert "{{ 7*7 }}" in page.text  # not a template a second time
+    for svg in pictures(page):
+        found = {element.tag.rpartition("}")[2] for element in ElementTree.fromstring(svg).iter()}
+        assert not found & {"script", "image", "foreignObject", "a"}
+
+
+def test_the_page_needs_nothing_from_elsewhere() -> None:
+    page = Page(to_html(made_up_report()))
+    assert page.open == []
+    for tag, attrs in page.tags:
+        assert tag not in ("script", "link", "iframe", "object", "base")
+        for name in ("src", "href", "srcset", "action", "data"):
+            assert (attrs.get(name) or "data:").startswith(("data:", "#"))
+    style = re.search(r"<style>(.*?)</style>", to_html(made_up_report()), re.DOTALL)
+    assert style and "url(" not in style[1] and "@import" not in style[1]
+    for svg in pictures(page):
+        assert not re.search(r"href=\"[^#]", svg) and "url(http" not in svg
+        assert "prefers-color-scheme:dark" in svg
+
+
+def test_a_swin_large_report_is_small_enough() -> None:
+    report = made_up_report((2, 2, 18, 2), 192)
+    assert len(report.quantizers) > 175
+    text = to_html(report)
+    assert len(text.encode()) <= 2_000_000
+    assert all(row.name in text for row in report.quantizers)
+
+
+def test_equal_reports_give_equal_pages() -> None:
+    assert to_html(made_up_report((1, 1))) == to_html(made_up_report((1, 1)))
+
+
+def test_a_report_with_accuracy_alone_is_written(tmp_path: Path) -> None:
+    report = made_up_report((1,))
+    report.quantizers, report.layer_errors, report.latency = [], [], []
+    report.sensitivity, report.models = None, report.models[:1]
+    text = write_report(report, tmp_path)["html"].read_text()
+    assert "nothing was compared" in text and "<img" not in text
+
+
+def test_names_without_stages_are_drawn_too() -> None:
+    report = made_up_report((1,))
+    for i, row in enumerate(report.quantizers):
+        row.name = f"encoder{i}"
+    for error in report.layer_errors:
+        error.layer = "dense"
+    assert "Others" in Page(to_html(report)).text
+
+
+def test_the_page_shows_the_verdicts_and_the_suggested_recipe(tmp_path: Path) -> None:
+    paths = write_report(made_up_report(), tmp_path)
+    text = Page(paths["html"].read_text()).text
+    assert "3,925 images cannot show differences under 0.30 points" in text
+    assert "INT8 mode 1 is 2.90 to 3.15 times as fast as float" in text
+    assert paths["recipe"].read_text() in text
+
+
+def test_slower_int8_is_shown_as_slower(tmp_path: Path) -> None:
+    report = made_up_report((1,))
+    for row in report.latency:
+        if row.kind == "int8":
+            row.median_ms *= 10
+    text = Page(write_report(report, tmp_path)["html"].read_text()).text
+    assert "INT8 mode 1 is slower than float here: 3.45 times the time" in text
+
+
+def test_all_forms_are_written_and_judged(tmp_path: Path) -> None:
+    paths = write_report(made_up_report(), tmp_path / "new" / "folder")
+    assert {kind: path.name for kind, path in paths.items()} == {
+        "html": "report.html",
+        "md": "report.md",
+        "json": "report.json",
+        "csv": "report.csv",
+        "recipe": "suggested_recipe.yaml",
+    }
+    assert sorted(os.listdir(tmp_path / "new" / "folder")) == sorted(p.name for p in paths.values())
+    assert from_json(paths["json"].read_text()).verdicts
+
+
+def test_a_failing_write_leaves_the_old_report_and_no_rubbish(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(made_up_report((1,)), tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    calls = 0
+
+    def full_disk(handle: int) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(write.os, "fsync", full_disk)
+    with pytest.raises(DataError, match=f"(?s){tmp_path}.*No space left.*fix: "):
+        write_report(made_up_report((1, 1)), tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_advice_of_an_earlier_run_does_not_stay(tmp_path: Path) -> None:
+    report = made_up_report((1,))
+    assert write_report(report, tmp_path)["recipe"].exists()
+    report.sensitivity = None
+    assert "recipe" not in write_report(report, tmp_path)
+    assert not (tmp_path / "suggested_recipe.yaml").exists()
+
+
+def test_csv_is_one_tidy_table() -> None:
+    report = made_up_report((1, 1))
+    rows = list(csv.DictReader(io.StringIO(to_csv(report))))
+    assert tuple(rows[0]) == HEADER and all(None not in row for row in rows)
+    figures = {(row["section"], row["name"], row["metric"]): row["value"] for row in rows}
+    assert len(figures) == len(rows)
+    comparison = report.models[2].comparison
+    assert comparison is not None
+    difference = figures["accuracy", "INT8 mode 1", "comparison.difference"]
+    assert float(difference) == comparison.difference < 0
+    assert float(figures["latency", "Float batch 32", "median_ms"]) == 14.2
+    name = report.quantizers[0].name
+    assert float(figures["quantizer", name, "amax.maximum"]) == report.quantizers[0].amax.maximum
+
+
+def test_csv_text_is_no_formula() -> None:
+    report = made_up_report((1,))
+    report.model, report.files[0].path = "=cmd|' /C calc'!A0", "-2+3"
+    rows = list(csv.reader(io.StringIO(to_csv(report))))
+    for row in rows[1:]:
+        for cell in row:
+            assert not cell.startswith(("=", "+", "-", "@")) or float(cell) <= 0
+
+
+def test_markdown_tables_hold_together_and_hostile_names_stay_text() -> None:
+    text = to_markdown(evil_report())
+    outside = re.sub(r"(?s)^(`{3,})\w+\n.*?\n\1$", "", text, flags=re.MULTILINE)
+    assert not re.search(r"(?<!\\)<(script|img)", outside)
+    for block in re.findall(r"(?:^\|.*\n)+", outside, re.MULTILINE):
+        widths = {len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}
+        assert len(widths) == 1

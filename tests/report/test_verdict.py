@@ -1,0 +1,127 @@
+"""Verdicts say what the figures say, also when it is bad news or no news."""
+
+import pytest
+
+from swinq.evaluate import Comparison, Scores
+from swinq.report.accuracy import latency_row, model_row
+from swinq.report.schema import ModelRow, QuantizerRow, Range, Verdict
+from swinq.report.verdict import (
+    accuracy_verdict,
+    headline,
+    judge,
+    range_verdicts,
+    resolution_verdicts,
+    speed_verdicts,
+)
+from tests.report.sample import made_up_report
+
+
+def int8(images: int, lost: int, won: int) -> ModelRow:
+    right = images // 2
+    comparison = Comparison(images, right, lost, won, images - right - lost - won, images, 0.01)
+    return model_row("INT8", "int8", Scores(images, right + won, images), comparison)
+
+
+@pytest.mark.parametrize(
+    ("images", "lost", "won", "level", "words"),
+    [
+        (50_000, 200, 210, "good", "gains 0.02 points of top-1 on 50,000 images (200 lost, 210"),
+        (50_000, 260, 200, "note", "loses 0.12 points"),
+        (50_000, 900, 400, "bad", "more than chance (McNemar p < 0.001)"),
+        (50_000, 400, 900, "good", "gains 1.00 points"),
+        (500, 12, 5, "warning", "no more than chance (McNemar p = 0.143)"),
+        (500, 3, 3, "note", "loses 0.00 points"),
+    ],
+)
+def test_accuracy_verdicts(images: int, lost: int, won: int, level: str, words: str) -> None:
+    verdict = accuracy_verdict(int8(images, lost, won))
+    assert verdict.level == level
+    assert words in verdict.text
+
+
+def test_too_few_images_are_called_too_few() -> None:
+    (verdict,) = resolution_verdicts([int8(500, 3, 3), int8(500, 3, 2)])
+    assert "500 images cannot show differences under 1.0" in verdict.text
+    assert "0.1 would take about 54,000" in verdict.text
+
+
+def test_enough_images_are_called_enough() -> None:
+    (verdict,) = resolution_verdicts([int8(50_000, 210, 200)])
+    assert verdict.text == "50,000 images can show differences down to 0.08 points."
+
+
+def test_images_without_a_flip_still_show_only_so_much() -> None:
+    (verdict,) = resolution_verdicts([int8(300, 0, 0)])
+    assert "300 images cannot show differences under 0.65 points" in verdict.text
+
+
+def speed(*rows: tuple[str, int, float]) -> Verdict:
+    (verdict,) = speed_verdicts(
+        [latency_row(kind, kind, batch, ms) for kind, batch, ms in rows]  # type: ignore[arg-type]
+    )
+    return verdict
+
+
+def test_slower_int8_is_said_plainly() -> None:
+    verdict = speed(("float", 1, 10.0), ("int8", 1, 25.0))
+    assert verdict.level == "warning"
+    assert verdict.text == (
+        "int8 is slower than float here: 2.50 times the time (batch 1: 25.0 against 10.0 ms)."
+    )
+
+
+def test_mixed_speed_is_not_sold_as_gain() -> None:
+    verdict = speed(("float", 1, 1.0), ("float", 32, 9.0), ("int8", 1, 2.0), ("int8", 32, 3.0))
+    assert verdict.level == "warning"
+    assert "slower" in verdict.text and "3.00 times as fast" in verdict.text
+    level = speed(("float", 1, 1.0), ("float", 32, 9.0), ("int8", 1, 1.0), ("int8", 32, 3.0)).level
+    assert level == "note"
+
+
+def test_equal_speed_is_no_gain() -> None:
+    assert "no faster" in speed(("float", 1, 10.0), ("int8", 1, 9.9)).text
+
+
+def test_gain_is_against_the_fastest_float_of_the_same_batch() -> None:
+    verdict = speed(("float", 8, 30.0), ("float", 8, 12.0), ("float", 1, 90.0), ("int8", 8, 4.0))
+    assert verdict.text == "int8 is 3.00 times as fast as float (batch 8: 4.00 against 12.0 ms)."
+
+
+def test_speeds_of_different_devices_are_not_compared() -> None:
+    rows = [
+        latency_row("float", "float", 1, 1.0, device="GPU"),
+        latency_row("int8", "int8", 1, 50.0, device="CPU"),
+    ]
+    assert speed_verdicts(rows) == []
+
+
+def test_dead_channels_and_clipping_are_warned_of() -> None:
+    rows = [
+        QuantizerRow("a", Range(4, 0.0, 1.0, 2.0), "max", dead_channels=2),
+        QuantizerRow("b", Range(1, 1.0, 1.0, 1.0), "mse", clipped_share=0.034),
+        QuantizerRow("c", Range(1, 1.0, 1.0, 1.0), "mse", clipped_share=0.0001),
+    ]
+    dead, clipped = range_verdicts(rows)
+    assert dead.text == "2 channels never saw a value other than 0: a."
+    assert "1 quantizer with more than 1 %" in clipped.text and "3.4 %: b" in clipped.text
+
+
+def test_a_dead_output_channel_is_told_with_the_total_that_hides_it() -> None:
+    report = made_up_report()
+    for row in report.layer_errors:
+        row.dead_channels = 0
+    report.layer_errors[4].dead_channels, report.layer_errors[4].total = 3, 38.04
+    texts = [verdict.text for verdict in judge(report) if verdict.level == "warning"]
+    assert texts == [
+        "Noise drowns 3 output channels in 1 layer, most in layers.0.blocks.0.mlp.fc2: 3 of 96, "
+        "though its total is 38.0 dB."
+    ]
+
+
+def test_the_headline_is_of_the_first_int8_model() -> None:
+    report = made_up_report()
+    assert headline(report) == "INT8 mode 1 loses 0.03 points (95 % interval −0.32 … +0.27)"
+    report.models = [row for row in report.models if row.kind != "int8"]
+    assert headline(report).startswith("Fake-quant mode 1 loses 0.08 points")
+    report.models = report.models[:1]
+    assert headline(report).endswith("nothing was compared with the float model")
