@@ -93,8 +93,8 @@ def _main(argv: Sequence[str]) -> int:
         console.say(f"note: {name} changes nothing for --{args.action}", "warning")
     if config.DEMO:
         console.say(
-            "demo: no --cfg, --resume or --data-path given, so this is the shipped micro-Swin on "
-            "scikit-learn's handwritten digits; these are not ImageNet numbers",
+            "demo: the shipped micro-Swin on scikit-learn's handwritten digits, as no model and no "
+            "data are named; these are not ImageNet numbers",
             "warning",
         )
     if args.dry_run:
@@ -111,14 +111,13 @@ def _run(action: str, config: Config) -> int:
 
     from swinq import commands
 
-    @record
     def work() -> int:
         device = distributed.select_device(config.DEVICE)
         distributed.init("nccl" if device.type == "cuda" else "gloo", timeout_s=config.DIST.TIMEOUT)
         return commands.run(action, config)
 
     try:
-        code = work()
+        code = record(work)() if "TORCHELASTIC_ERROR_FILE" in os.environ else work()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise SwinqError(
             f"out of memory with {config.DATA.BATCH_SIZE} images a step on {config.DEVICE}",

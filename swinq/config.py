@@ -7,6 +7,7 @@ records its origin.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import difflib
 import os
@@ -292,7 +293,8 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
             os.fsync(file.fileno())
         os.replace(scratch, target)
     except OSError as error:
-        scratch.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            scratch.unlink()
         raise ConfigError(
             f"cannot write {target}: {error.strerror}", "choose another folder with --output"
         ) from error

@@ -43,6 +43,21 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def loader_processes(stated: int, limit: int = 8) -> int:
+    """The processes that load images for this rank.
+
+    Args:
+        stated: DATA.NUM_WORKERS; -1 takes this rank's share of the cores but one, at most `limit`.
+    """
+    if stated >= 0:
+        return stated
+    if hasattr(os, "sched_getaffinity"):  # what the container or SLURM gives, not what is there
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    return max(0, min(limit, cores // _environment("LOCAL_WORLD_SIZE", 1) - 1))
+
+
 def select_device(name: str = "auto") -> torch.device:
     """The device of this rank; a CUDA device is also made the current one.
 
