@@ -13,11 +13,17 @@ if TYPE_CHECKING:
 
 
 def _randomise(model: nn.Module) -> nn.Module:
-    """Norms around 1 (version 2 starts them at 0), temperatures past the clamp, wide biases."""
+    """Norms around 1 (version 2 starts them at 0), wide biases, one temperature past the clamp.
+
+    Temperatures near the clamp everywhere would make a deep model amplify the rounding of fp32
+    itself to 3e-5 (against fp64, timm's as much as ours); up to 33 leaves 2e-6.
+    """
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("logit_scale"):
-                parameter.uniform_(1.0, 5.5)  # ln 100 = 4.6
+                parameter.uniform_(1.0, 3.5)
+                if name.startswith("layers.1.blocks.0."):
+                    parameter[0] = 5.0  # the clamp is at ln 100 = 4.6
             elif name.endswith("relative_position_bias_table"):
                 parameter.normal_(std=0.5)
             elif parameter.dim() > 1:
