@@ -1,13 +1,18 @@
 #!/usr/bin/env bash
-# Everything that must hold before a change lands: lint, types, shell syntax, tests with coverage.
-# Further arguments go to pytest: bash scripts/test.sh -m slow -n 0
+# Everything that must hold before a change lands: lint, types, tests with coverage. With arguments,
+# only those tests, without coverage: bash scripts/test.sh tests/quant, bash scripts/test.sh -m slow
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 bash scripts/install.sh dev
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the tests run side by side, one a core
+pytest=(.venv/bin/python -m pytest --numprocesses auto --dist loadfile -m "not slow and not gpu")
 
 step() { printf '\n== %s\n' "$*"; }
+
+if (($#)); then
+    exec "${pytest[@]}" "$@"
+fi
 
 step ruff
 .venv/bin/ruff check .
@@ -17,5 +22,4 @@ step mypy
 .venv/bin/mypy
 
 step pytest
-exec .venv/bin/python -m pytest -n auto --dist loadfile -m "not slow and not gpu" \
-    --cov --cov-report term --cov-fail-under 90 "$@"
+exec "${pytest[@]}" -p tests.branch_floor --branch-floor 90 --cov --cov-report term

@@ -132,3 +132,26 @@ def test_slurm_job_gives_every_node_the_same_rendezvous(checkout: Path, tmp_path
     assert "--nnodes 2 --nproc_per_node 4" in ran.stdout
     assert "--rdzv_endpoint node7:23456" in ran.stdout
     assert "swinq/main.py --calib --data-path /data/imagenet --resume swin.pth" in ran.stdout
+
+
+def test_tests_are_linted_typed_and_covered(checkout: Path) -> None:
+    for name in ("ruff", "mypy"):
+        program(checkout / ".venv" / "bin" / name)
+    lines = run(checkout, "test.sh").stdout.splitlines()
+    commands = [line for line in lines if line.startswith(("ruff", "mypy"))]
+    assert [line.strip() for line in commands] == ["ruff check .", "ruff format --check .", "mypy"]
+    assert "-m pytest" in lines[-1]
+    assert "--branch-floor 90 --cov" in lines[-1]
+
+
+def test_some_tests_alone_run_without_lint_and_coverage(checkout: Path) -> None:
+    last = run(checkout, "test.sh", "tests/quant", "-x").stdout.splitlines()[-1]
+    assert last.endswith("tests/quant -x")
+    assert "--cov" not in last
+
+
+def test_a_failed_lint_fails_the_whole_command(checkout: Path) -> None:
+    program(checkout / ".venv" / "bin" / "ruff", "#!/bin/sh\nexit 1\n")
+    ran = run(checkout, "test.sh")
+    assert ran.returncode == 1
+    assert "-m pytest" not in ran.stdout
