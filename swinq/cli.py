@@ -7,10 +7,13 @@ a tenth of a second.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from swinq import __version__, config_files, console, distributed
 from swinq import config as configuration
@@ -131,6 +134,7 @@ def _failed(error: BaseException, code: int, cause: BaseException | None = None)
     """Says what went wrong, in at most ten lines, and ends this rank without waiting for others."""
     if os.environ.get("SWINQ_DEBUG") == "1":
         raise cause or error
+    since = time.time()
     try:
         many = distributed.world_size() > 1
         echo = not distributed.is_main()
@@ -141,12 +145,22 @@ def _failed(error: BaseException, code: int, cause: BaseException | None = None)
     if isinstance(error, KeyboardInterrupt):
         console.complain("interrupted; no file was left half written", label="")
     else:
-        lines = str(error).splitlines()
-        console.complain("\n".join(lines[:10]))
+        text = "\n".join(str(error).splitlines()[:10])
+        console.complain(text)
+        _tell_torchrun(text, since)
     if many:  # other threads may hang in a collective that this rank will never join
         sys.stdout.flush()
         os._exit(code)
     return code
+
+
+def _tell_torchrun(text: str, since: float) -> None:
+    """Leaves the error where torchrun looks for it: its closing summary shows the earliest."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        told = {"message": text, "extraInfo": {"timestamp": str(int(since))}}
+        with contextlib.suppress(OSError):
+            Path(path).write_text(json.dumps({"message": told}))
 
 
 def _check_text(flag: Flag, value: str | bool) -> None:

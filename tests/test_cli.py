@@ -505,7 +505,22 @@ def test_one_failing_rank_ends_the_whole_job(repo_root: Path, tmp_path: Path) ->
     ran = script(repo_root, *torchrun, str(program), PYTHONPATH=str(repo_root), OMP_NUM_THREADS="1")
     assert ran.returncode != 0 and time.monotonic() - since < 60
     assert "[rank 1] error: rank one is ill\n  fix: cure it" in ran.stderr
-    assert ran.stderr.count("SwinqError: rank one is ill") == 1  # torchrun's own summary names it
+    summary = ran.stderr.partition("Root Cause")[2]  # torchrun's own: the last thing on the screen
+    assert "rank one is ill" in summary and "fix: cure it" in summary
+
+
+def test_torchrun_finds_the_error_where_it_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
+    path = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(path))
+    assert cli.main(["--calib", "--percentil", "9"]) == 2
+    failure = ProcessFailure(local_rank=0, pid=1, exitcode=2, error_file=str(path))
+    assert "unknown flag --percentil" in failure.message["message"]  # type: ignore[index]
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "no" / "folder"))
+    assert cli.main(["--calib", "--percentil", "9"]) == 2
 
 
 def test_the_parser_takes_values_as_texts() -> None:
