@@ -77,7 +77,7 @@ def official_ranges(
         ranges[f"{match['module']}.{quantizer}._amax"] = _flat(path, name, tensor)
     notes = []
     if dropped:
-        listed = ", ".join(f"{count} {label}" for label, count in sorted(dropped.items())[:6])
+        listed = ", ".join(f"{count} {label}" for label, count in sorted(dropped.items())[:8])
         notes.append(f"ranges without a place in swinq, dropped: {listed}")
     return ranges, notes
 
