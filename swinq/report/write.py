@@ -18,7 +18,7 @@ RECIPE_FILE = "suggested_recipe.yaml"
 
 
 def write_report(report: Report, folder: Path | str) -> dict[str, Path]:
-    """Judge the figures and write them in every form.
+    """Judge the figures and write them in every form; for one rank alone.
 
     Args:
         report: its verdicts are made anew from its figures.

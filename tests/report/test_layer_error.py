@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from swinq.calib.calibrate import calibrate
 from swinq.models.architecture import Architecture
 from swinq.models.build import build_model
+from swinq.quant.insert import quantize_model, quantized_layers, used_quantizers
 from swinq.quant.quantizer import QuantDescriptor, TensorQuantizer
+from swinq.quant.spec import QuantSpec
 from swinq.report.layer_error import (
     DEAD_DB,
     ErrorSums,
@@ -121,6 +124,26 @@ def test_layers_of_a_swin_match_outputs_recorded_by_hand(
 def bias_outside(attention: nn.Module) -> Tensor | float:
     """What v2's attention adds to its qkv; v1's Linear has its own bias."""
     return 0.0 if attention.qkv.bias is not None else attention.qkv_bias().detach()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_every_layer_of_a_calibrated_model_has_a_row(
+    version: int, tiny_architecture: Architecture, tiny_architecture_v2: Architecture
+) -> None:
+    model = build_model(tiny_architecture if version == 1 else tiny_architecture_v2).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    images = torch.randn(4, 3, 32, 32)
+    quantized = quantize_model(copy.deepcopy(model), QuantSpec())
+    calibrate(quantized, list(images))
+    layers = list(quantized_layers(quantized))
+    rows = measure_layer_errors(model, quantized, layers, [images])
+    assert [row.layer for row in rows] == layers
+    for row in rows:  # INT8 has 6 dB a bit; a bias on one side only would show as less than 20
+        assert row.local_total is not None and 25 < row.local_total < 60, row.layer
+    clipped = measure_clipping(quantized, list(used_quantizers(quantized)), [images])
+    activations = {n for n in used_quantizers(quantized) if not n.endswith(".weight_quantizer")}
+    assert set(clipped) == activations and max(clipped.values()) < 0.01
 
 
 def test_local_error_is_the_layers_own() -> None:

@@ -71,6 +71,17 @@ def test_the_suggestion_names_the_planted_layer_alone_and_measures_it() -> None:
     assert model.quantized == set(LAYERS)
 
 
+def test_a_layer_that_only_helps_alone_is_put_back() -> None:
+    model = NoisyModel(lambda i: 0.02)
+    one, *_ = model.noise.values()
+    for i, part in ((3, 1.0), (5, 0.8), (9, -0.8)):  # without 3 and 5, nothing balances 9
+        model.noise[LAYERS[i]] = one / one.std() * part
+    result = measure_sensitivity(LAYERS, model.predict, model.set_quantized)
+    assert result.rows[5].only_this_float < result.all_quantized
+    found = suggest_exclusions(result, model.predict, model.set_quantized, "", share=1.0)
+    assert found.layers[0] == LAYERS[3] and LAYERS[5] not in found.layers
+
+
 def test_no_layer_is_given_up_when_all_are_alike() -> None:
     model = NoisyModel(lambda i: 0.2)
     result = measure_sensitivity(LAYERS, model.predict, model.set_quantized)

@@ -118,6 +118,26 @@ def test_a_dead_output_channel_is_told_with_the_total_that_hides_it() -> None:
     ]
 
 
+def test_a_layer_whose_usual_channel_is_noise_is_named() -> None:
+    report = made_up_report()
+    for row in report.layer_errors:
+        row.dead_channels = 0
+    report.layer_errors[2].median = 7.25
+    texts = [verdict.text for verdict in judge(report) if verdict.level == "warning"]
+    name = report.layer_errors[2].layer
+    assert texts == [f"1 layer with a median channel under 10 dB, the worst {name} with 7.2 dB."]
+
+
+def test_a_comparison_of_no_images_is_no_good_news() -> None:
+    row = int8(500, 3, 3)
+    assert row.comparison is not None
+    row.comparison.images = 0
+    assert accuracy_verdict(row).level == "warning"
+    row.comparison = None
+    with pytest.raises(ValueError, match="compared with nothing"):
+        accuracy_verdict(row)
+
+
 def test_the_headline_is_of_the_first_int8_model() -> None:
     report = made_up_report()
     assert headline(report) == "INT8 mode 1 loses 0.03 points (95 % interval −0.32 … +0.27)"
