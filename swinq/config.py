@@ -66,7 +66,7 @@ DEFAULTS: dict[str, Any] = {
         "NAME": "int8",  # the recipe's name; a recipe file that has none is called by its own
         "WEIGHT": {"GRANULARITY": "per_channel"},
         # MIGRATION: exponents of the scale vector over input channels to choose from; [] = none
-        "INPUT": {"GRANULARITY": "per_tensor", "MIGRATION": [0.0, 0.25, 0.5, 0.75]},
+        "INPUT": {"GRANULARITY": "per_tensor", "MIGRATION": [0.25, 0.5, 0.75, 1.0]},
         "OUTPUT": {
             "GRANULARITY": "per_channel",
             "LAYERS": ["proj", "fc2", "reduction"],

@@ -43,7 +43,7 @@ def quantize_model(model: nn.Module, spec: QuantSpec) -> nn.Module:
     for name, quantizer in named_quantizers(model).items():
         quantizer.name = name
     model.quant_spec = spec  # type: ignore[assignment]
-    return model
+    return model.to(next(model.parameters()).device)  # the quantizers' buffers too
 
 
 def _quant_linear(
