@@ -15,6 +15,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,8 +30,7 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 in hex of a tensor's elements as the file holds them: row-major, little-endian."""
-    plain = tensor.detach().to("cpu").contiguous().reshape(-1)
-    return hashlib.sha256(plain.view(torch.uint8).numpy().data).hexdigest()
+    return hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
 
 
 def digests(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
@@ -130,7 +130,8 @@ def _sync(partial: Path) -> None:
         file.flush()
         os.fsync(file.fileno())
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            with suppress(OSError):  # advice only; not every file system takes it
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _sync_folder(final: Path) -> None:
@@ -152,10 +153,8 @@ def _sync_folder(final: Path) -> None:
 
 
 def _remove(partial: Path) -> None:
-    try:
+    with suppress(OSError):  # the first error is the one to tell; the next writer clears this
         partial.unlink(missing_ok=True)
-    except OSError:
-        pass  # the first error is the one to tell; the next writer clears this file
 
 
 def _failure(final: Path, error: OSError, size: int) -> ExportError:

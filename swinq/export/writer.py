@@ -14,7 +14,7 @@ from torch import nn
 from swinq import __version__
 from swinq.errors import CheckpointError, ExportError
 from swinq.export.collect import collect
-from swinq.export.format import FORMAT, FORMAT_VERSION, encode
+from swinq.export.format import FORMAT, FORMAT_VERSION, decode, encode
 from swinq.export.integrity import digests, write_atomically
 from swinq.export.reader import read_checkpoint
 from swinq.models.architecture import Architecture
@@ -106,7 +106,7 @@ def write_tensors(
                 "pass numbers, texts, lists and dictionaries only, no NaN and no arrays",
             ) from error
     metadata["digests"] = encode(digests(tensors, metadata))
-    data = save(dict(tensors), metadata)
+    data = _reproducible(save({name: t.contiguous() for name, t in tensors.items()}, metadata))
 
     def verify(written: Path) -> None:
         try:
@@ -118,10 +118,15 @@ def write_tensors(
                 "nothing was replaced; check the disk, then export again",
             ) from error
 
-    return write_atomically(
-        path, lambda written: _write(written, data), size=len(data), verify=verify
-    )
+    def write(partial: Path) -> None:
+        partial.write_bytes(data)
+
+    return write_atomically(path, write, size=len(data), verify=verify)
 
 
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+def _reproducible(data: bytes) -> bytes:
+    """The same safetensors file with its header sorted: the library's order changes by run."""
+    stop = 8 + int.from_bytes(data[:8], "little")
+    header = encode(decode(data[8:stop].decode())).encode()
+    header += b" " * (-len(header) % 8)  # tensors stay aligned to 8 bytes
+    return len(header).to_bytes(8, "little") + header + data[stop:]
