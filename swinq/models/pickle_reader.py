@@ -38,7 +38,10 @@ _STORAGE_DTYPES = {
     "BoolStorage": torch.bool,
     "UntypedStorage": torch.uint8,
 }
-_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in _STORAGE_DTYPES.values()}
+_NEW_DTYPES = (torch.uint16, torch.uint32, torch.uint64)
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype for dtype in (*_STORAGE_DTYPES.values(), *_NEW_DTYPES)
+}
 
 
 @dataclass(frozen=True)
@@ -111,8 +114,12 @@ class _Known:
         raise pickle.UnpicklingError("changes a function")
 
 
-def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+def _rebuild_tensor(
+    storage: Any, offset: Any, shape: Any, stride: Any, *_: Any
+) -> StoredTensor | Inert:
     """Describe a view of a storage; a view that needs more bytes than the storage is refused."""
+    if isinstance(storage, Inert):  # of a dtype that no Swin has, such as a complex one
+        return storage
     if not isinstance(storage, StoredTensor):
         raise pickle.UnpicklingError("a tensor without a storage")
     numbers = (offset, *shape, *stride)
@@ -134,9 +141,12 @@ def _rebuild_tensor(storage: Any, offset: Any, shape: Any, stride: Any, *_: Any)
 
 def _rebuild_tensor_of_dtype(
     storage: Any, offset: Any, shape: Any, stride: Any, grad: Any, hooks: Any, dtype: Any, *_: Any
-) -> StoredTensor:
-    if not isinstance(dtype, _Known) or not isinstance(storage, StoredTensor):
-        raise pickle.UnpicklingError("a tensor of an unknown dtype")
+) -> StoredTensor | Inert:
+    """Describe a view of raw bytes: how torch saves the dtypes that have no storage class."""
+    if not isinstance(dtype, _Known) or not isinstance(dtype.value, torch.dtype):
+        return Inert()
+    if not isinstance(storage, StoredTensor):
+        raise pickle.UnpicklingError("a tensor without a storage")
     size = dtype.value.itemsize
     typed = StoredTensor(storage.storage, dtype.value, 0, (storage.shape[0] // size,), (1,))
     return _rebuild_tensor(typed, offset, shape, stride)
@@ -177,11 +187,13 @@ class _TensorOnlyUnpickler(pickle.Unpickler):
             return _Known(_DTYPES[name])
         return type("Inert", (Inert,), {"origin": path})
 
-    def persistent_load(self, pid: Any) -> StoredTensor:
+    def persistent_load(self, pid: Any) -> StoredTensor | Inert:
         """Describe a storage: the only thing that may lie outside the pickle."""
         if not isinstance(pid, tuple) or len(pid) < 5 or pid[0] != "storage":
             raise pickle.UnpicklingError("a reference to something that is no storage")
         _, kind, key, _, _ = pid[:5]
+        if isinstance(kind, type) and issubclass(kind, Inert):
+            return kind()
         if not isinstance(kind, _Known) or not isinstance(kind.value, torch.dtype):
             raise pickle.UnpicklingError("a storage of an unknown type")
         if key not in self._storage_bytes:

@@ -209,6 +209,29 @@ def test_a_missing_file_and_an_empty_folder_are_named(tmp_path: Path) -> None:
         load_checkpoint(tmp_path)
 
 
+def test_sharded_folders_and_broken_config_json_are_named(
+    tmp_path: Path, tiny_model: SwinBase
+) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="several shards"):
+        load_checkpoint(tmp_path)
+    torch.save(tiny_model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert load_checkpoint(tmp_path).layout == "official"
+    for text in ("{", "[1]", "[" * 10_000):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match="config.json is no model configuration"):
+            load_checkpoint(tmp_path)
+
+
+def test_the_model_name_that_timms_training_stores_tells_the_window(tmp_path: Path) -> None:
+    arch = VARIANTS["swinv2_tiny_patch4_window8_256"]
+    state = {name: tensor.half() for name, tensor in build_model(arch).state_dict().items()}
+    torch.save({"arch": "swinv2_tiny_window8_256", "state_dict": state}, tmp_path / "last.pth")
+    loaded = load_checkpoint(tmp_path / "last.pth")
+    assert loaded.architecture == arch
+    assert "window 8 from the stored name" in loaded.notes
+
+
 @pytest.mark.parametrize("keep", [0.3, 0.9])
 def test_a_truncated_safetensors_file_is_named(
     tmp_path: Path, tiny_model: SwinBase, keep: float

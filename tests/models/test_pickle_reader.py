@@ -45,7 +45,7 @@ def write(tmp_path: Path) -> Callable[[bytes], Path]:
 @pytest.mark.parametrize(
     "dtype",
     [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int8,
-     torch.uint8, torch.bool],
+     torch.uint8, torch.uint16, torch.bool],
 )  # fmt: skip
 def test_every_dtype_comes_back_equal(tmp_path: Path, dtype: torch.dtype) -> None:
     want = {"w.a": torch.randint(0, 2, (3, 5)).to(dtype), "w.scalar": torch.ones((), dtype=dtype)}
@@ -66,6 +66,18 @@ def test_views_parameters_and_empty_tensors_come_back_equal(tmp_path: Path) -> N
     got = _tensors(tmp_path / "a.pth")
     assert all(torch.equal(got[name], want[name]) for name in want)
     assert all(tensor.is_contiguous() for tensor in got.values())
+
+
+def test_tensors_of_dtypes_that_no_swin_has_are_inert(tmp_path: Path) -> None:
+    saved = {
+        "w": torch.randn(3),
+        "float8": torch.ones(3).to(torch.float8_e4m3fn),
+        "complex": torch.ones(3, dtype=torch.complex64),
+    }
+    torch.save(saved, tmp_path / "a.pth")
+    with TorchFile(tmp_path / "a.pth") as file:
+        assert isinstance(file.tree["float8"], Inert) and isinstance(file.tree["complex"], Inert)
+        assert torch.equal(file.load(file.tree["w"]), saved["w"])
 
 
 def test_a_module_s_state_dict_with_metadata_comes_back_equal(tmp_path: Path) -> None:
