@@ -56,7 +56,7 @@ def quantizer_family(names: Iterable[str], metadata: dict[str, str]) -> str | No
 def official_ranges(
     path: Path, tensors: dict[str, Tensor], family: str | None
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename the ranges and flatten them to () or (n,), fp32.
+    """Rename the ranges and flatten them to () or (n,), fp32; (1,) is as good as ().
 
     Returns:
         The ranges by `<module>.<quantizer>._amax`, and a note on those that have no place here.
@@ -91,7 +91,9 @@ def _official_quantizer(module: str, quantizer: str, family: str | None) -> str 
 
 
 def _flat(path: Path, name: str, tensor: Tensor) -> Tensor:
-    amax = tensor.detach().to(torch.float32).squeeze()
+    amax = tensor.detach().to(torch.float32)
+    if amax.dim() > 1:  # (n, 1), (1, n) or (n, 1, 1, 1); a (1,) of ours keeps its shape
+        amax = amax.squeeze()
     wrong = int((amax < 0).sum() + amax.isinf().sum())  # NaN stands for "not calibrated"
     if amax.dim() <= 1 and tensor.numel() and not wrong:
         return amax.clone()

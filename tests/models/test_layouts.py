@@ -333,7 +333,7 @@ def test_own_calibrated_files_come_back_with_ranges_and_metadata(
     state = _calibrated(model, (-1,))
     first = _linears(model)[0]
     state[f"{first}.input_quantizer._amax"] = torch.rand(32)  # a vector over channels
-    state[f"{_attentions(model)[0]}.q_quantizer._amax"] = torch.tensor(float("nan"))
+    state[f"{_attentions(model)[0]}.q_quantizer._amax"] = torch.tensor([float("nan")])
     state[f"{first}.bias_correction"] = torch.rand(96)
     metadata = {
         "format": "swinq-calibrated",
@@ -345,6 +345,7 @@ def test_own_calibrated_files_come_back_with_ranges_and_metadata(
     _check_equal(loaded, model, "swinq")
     wanted = {name for name in state if name.endswith("_amax")}
     assert set(loaded.amax) == wanted
+    assert all(loaded.amax[name].shape == state[name].shape for name in wanted)
     assert torch.equal(
         loaded.amax[f"{first}.input_quantizer._amax"], state[f"{first}.input_quantizer._amax"]
     )
