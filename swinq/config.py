@@ -88,7 +88,7 @@ DEFAULTS: dict[str, Any] = {
         "OUTPUT_PATH": "",  # where the calibrated and exported files go; empty: the run's folder
     },
     "INT8": {"MODE": 0},  # 1, 2, or 0: what the checkpoint says, and both when --calib exports
-    "EVAL": {"TRANSFORM": "official"},
+    "EVAL": {"TRANSFORM": "official", "IMAGES": 0},  # IMAGES: a seeded sample; 0 = all
     "REPORT": {"SENSITIVITY_IMAGES": 16, "LATENCY_BATCH": 1, "TENSORBOARD": True},
     "TRAIN": {
         "START_EPOCH": 0,

@@ -71,6 +71,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag(
             "eval-transform", "NAME", "official, timm or squash", ("EVAL.TRANSFORM",), DATA_ACTIONS
         ),
+        Flag("eval-images", "N", "evaluate a sample; 0 = all", ("EVAL.IMAGES",), DATA_ACTIONS),
     ),
     "calibration": (
         Flag("num-calib-batch", "N", "batches", ("CALIB.NUM_BATCHES",), ("calib",)),

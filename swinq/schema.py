@@ -96,6 +96,7 @@ RULES: dict[str, Rule] = {
     "CALIB.PERCENTILE": ("above 0 and at most 100", lambda value: 0 < value <= 100),
     "INT8.MODE": _one_of(0, 1, 2),
     "EVAL.TRANSFORM": _one_of("official", "timm", "squash"),
+    "EVAL.IMAGES": _at_least(0),
     "REPORT.SENSITIVITY_IMAGES": _at_least(0),
     "REPORT.LATENCY_BATCH": _at_least(1),
     "TRAIN.EPOCHS": _at_least(0),

@@ -91,7 +91,7 @@ def read_checkpoint(
         # cloned: the mapped file may be changed or cut short by others while we compute
         tensors = {name: file.get_tensor(name).clone() for name in specs}
     if verify:
-        _require_digests(path, fields["digests"], tensors, metadata)
+        require_digests(path, fields["digests"], tensors, metadata)
     for name, spec in specs.items():
         _require_sound(path, name, tensors[name], spec)
     return Int8Checkpoint(
@@ -105,6 +105,15 @@ def read_checkpoint(
         path=path,
         swinq_version=metadata["swinq_version"],
     )
+
+
+def is_int8_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says of itself that it is an INT8 checkpoint; only its header is read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("format") == FORMAT
+    except (OSError, SafetensorError):
+        return False
 
 
 @contextmanager
@@ -273,12 +282,13 @@ def _require_form(path: Path, name: str, found: Any, spec: TensorSpec) -> None:
         )
 
 
-def _require_digests(
+def require_digests(
     path: Path,
     wanted: dict[str, Any],
     tensors: Mapping[str, torch.Tensor],
     metadata: Mapping[str, str],
 ) -> None:
+    """Raise CheckpointError if a tensor or the metadata are not those that were written."""
     found = digests(tensors, metadata)
     changed = [name for name in found if wanted.get(name) != found[name]]
     changed += sorted(wanted.keys() - found.keys())

@@ -79,6 +79,24 @@ class QuantSpec:
         spec.validate()
         return spec
 
+    def to_config(self) -> dict[str, Any]:
+        """The QUANT section that `from_config` reads back to the same spec, as plain JSON."""
+        return {
+            "WEIGHT": {"GRANULARITY": self.weight_granularity},
+            "INPUT": {"GRANULARITY": "per_tensor", "MIGRATION": list(self.migration)},
+            "OUTPUT": {
+                "GRANULARITY": self.output_granularity,
+                "LAYERS": list(self.output_layers),
+                "POSITION": self.output_position,
+                "METHOD": self.output_method,
+                "HEADROOM": self.output_headroom,
+            },
+            "ATTENTION": {"PROBABILITIES": self.probabilities},
+            "BIAS_CORRECTION": self.bias_correction,
+            "ALLOW_DEAD": list(self.allow_dead),
+            "LAYERS": [{"PATTERN": r.pattern, "PRECISION": r.precision} for r in self.layers],
+        }
+
     def validate(self) -> None:
         """Raise ConfigError for a value outside its choices or a combination without a meaning."""
         granularities = ("per_channel", "per_tensor")
@@ -119,5 +137,7 @@ class QuantSpec:
             return "QUANT.OUTPUT.POSITION before_bias exists as fake quantization only"
         if set(self.output_layers) - {"proj", "fc2", "reduction"}:
             extra = sorted(set(self.output_layers) - {"proj", "fc2", "reduction"})
-            return f"QUANT.OUTPUT.LAYERS {', '.join(extra)} rounded exists as fake quantization only"
+            return (
+                f"QUANT.OUTPUT.LAYERS {', '.join(extra)} rounded exists as fake quantization only"
+            )
         return None

@@ -1,0 +1,242 @@
+"""The Python API: every command in one call.
+
+    import swinq
+    model = swinq.load("swin_tiny_patch4_window7_224.pth")        # any layout, float
+    quantized = swinq.calibrate(model, images)                      # a fake-quantized copy
+    swinq.export_model(quantized, "swin_tiny_int8.safetensors", int8_mode=1)
+    int8 = swinq.load("swin_tiny_int8.safetensors")                # runs in integer arithmetic
+    logits = swinq.run(int8, images)
+    scores = swinq.evaluate_model(int8, "/data/imagenet").scores()
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinq import config as configuration
+from swinq import config_files
+from swinq.calib.calibrate import Calibration
+from swinq.calib.calibrate import calibrate as run_calibration
+from swinq.data.dataset import ImageDataset
+from swinq.data.datasets import open_dataset
+from swinq.data.transforms import EvalTransform, eval_transform
+from swinq.errors import CheckpointError, ConfigError
+from swinq.evaluate import Predictions
+from swinq.evaluate import evaluate as run_evaluation
+from swinq.export.calibrated import restore_ranges, spec_of
+from swinq.export.reader import is_int8_checkpoint
+from swinq.export.writer import write_checkpoint
+from swinq.int8.model import Int8Swin
+from swinq.models.architecture import Architecture
+from swinq.models.build import build_model
+from swinq.models.checkpoint import LoadedCheckpoint, load_checkpoint, load_into
+from swinq.quant.insert import quantize_model, set_int8_mode
+from swinq.quant.spec import QuantSpec
+
+Model = nn.Module | Int8Swin
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    architecture: Architecture | None = None,
+    resize: bool = False,
+    device: torch.device | str = "cpu",
+) -> Any:
+    """Load a checkpoint, recognised by its content.
+
+    Args:
+        path: a float checkpoint of any layout, a calibrated one, or an exported INT8 one.
+        architecture: what the model must be; taken from the file if None.
+        resize: fit a float checkpoint to other windows than its own (bias tables, bicubic).
+        device: where the model goes.
+
+    Returns:
+        A float model; a fake-quantized one with its ranges; or an `Int8Swin`. All map
+        (B, 3, S, S) fp32 to logits (B, classes) fp32, and have `arch` and `classes`.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, incomplete or of another architecture.
+    """
+    if is_int8_checkpoint(path):
+        return Int8Swin.load(path, architecture=architecture, device=device)
+    loaded = load_checkpoint(path, architecture=None if resize else architecture)
+    model = float_model(loaded, architecture if resize else None)
+    if loaded.amax:
+        spec = spec_of(loaded) or recipe_spec(
+            "fastertransformer" if loaded.layout == "fastertransformer" else "int8"
+        )
+        restore_ranges(model, loaded, spec)
+        model.calibration = read_calibration(loaded)  # type: ignore[assignment]
+    return model.to(device).eval()
+
+
+def float_model(loaded: LoadedCheckpoint, resized: Architecture | None = None) -> nn.Module:
+    """Build the float model of a loaded checkpoint, at other windows if ``resized`` is given."""
+    arch = resized or loaded.architecture
+    assert arch is not None  # load_checkpoint always finds one
+    model = build_model(arch)
+    load_into(model, loaded, resize=resized is not None)
+    model.classes = loaded.classes  # type: ignore[assignment]
+    return model.eval()
+
+
+def recipe_spec(name: str | os.PathLike[str]) -> QuantSpec:
+    """The spec of a recipe: a shipped name ("int8", "fastertransformer") or a YAML file.
+
+    Raises:
+        ConfigError: no such recipe, or a key or value that cannot be meant.
+    """
+    config = configuration.default_config()
+    configuration.merge_recipe(config, config_files.find("recipe", os.fspath(name)))
+    return QuantSpec.from_config(config.QUANT)
+
+
+def calibrate(
+    model: nn.Module,
+    images: Iterable[Tensor],
+    *,
+    recipe: str | os.PathLike[str] | QuantSpec = "int8",
+    method: str = "percentile",
+    percentile: float = 99.99,
+    on_image: Callable[[], Any] | None = None,
+) -> nn.Module:
+    """Quantize a copy of a float model and find its ranges.
+
+    Args:
+        model: a float model from `load`; not changed.
+        images: (3, S, S) fp32 each, transformed as for evaluation; this rank's share.
+        recipe: a shipped name, a YAML file or a spec.
+        method: "max", "percentile", "mse" or "entropy".
+        percentile: in (0, 100], for the method of that name.
+        on_image: called after each image, for progress.
+
+    Returns:
+        The fake-quantized copy, in int8_mode 1, with `calibration`: a `Calibration`.
+
+    Raises:
+        CalibrationError: no images, NaN or infinite activations, a tensor that is zero throughout.
+        ConfigError: the recipe, or the model is quantized already.
+    """
+    if hasattr(model, "quant_spec") or not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"{type(model).__name__} is quantized already, wanted a float model",
+            "load the float checkpoint to calibrate it",
+        )
+    spec = recipe if isinstance(recipe, QuantSpec) else recipe_spec(recipe)
+    quantized = quantize_model(copy.deepcopy(model), spec)
+    found = run_calibration(
+        quantized, images, method=method, percentile=percentile, on_image=on_image
+    )
+    quantized.calibration = found  # type: ignore[assignment]
+    return quantized
+
+
+def evaluate(
+    model: Any,
+    data: ImageDataset | str | os.PathLike[str],
+    *,
+    transform: EvalTransform | None = None,
+    batch_size: int = 64,
+    num_workers: int = 0,
+    progress: Any = None,
+) -> Predictions:
+    """Run a model over labelled images; `.scores()` of the result has the exact accuracies.
+
+    Args:
+        model: from `load` or `calibrate`.
+        data: a data set, or what `open_dataset` opens ("val" split).
+        transform: for a path; the official one if None.
+
+    Raises:
+        DataError: no labelled images there, or unreadable ones.
+    """
+    arch: Architecture = model.arch
+    if not isinstance(data, ImageDataset):
+        transform = transform or eval_transform("official", arch.img_size, arch.img_size < 384)
+        data = open_dataset(data, "val", transform, num_classes=arch.num_classes)
+    return run_evaluation(
+        model,
+        data,
+        batch_size=batch_size,
+        device=device_of(model),
+        num_workers=num_workers,
+        progress=progress,
+    )
+
+
+def export(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    int8_mode: int,
+    transform: dict[str, Any] | None = None,
+    sample_sha256: str = "",
+) -> Path:
+    """Write the INT8 checkpoint of a model from `calibrate`.
+
+    Args:
+        int8_mode: 1 (every GEMM int8 in and out) or 2 (fc2 and reduction unrounded).
+        transform: the evaluation transform to record, as `EvalTransform.to_dict` gives it.
+        sample_sha256: digest of the calibration images, to record.
+
+    Raises:
+        ExportError: the model or recipe cannot be exported, or the file not be written.
+    """
+    found = getattr(model, "calibration", None)
+    described = describe_calibration(found, sample_sha256) if found is not None else {}
+    return write_checkpoint(
+        path,
+        set_int8_mode(model, int8_mode),
+        int8_mode=int8_mode,
+        calibration=described,
+        classes=getattr(model, "classes", None),
+        transform=transform or {},
+        residual_max=found.residual_max if found is not None else {},
+    )
+
+
+def describe_calibration(found: Calibration, sample_sha256: str = "") -> dict[str, Any]:
+    """How ranges were found, as plain JSON for a checkpoint's metadata; histograms stay behind."""
+    described = asdict(found)
+    described.pop("histograms")
+    return {**described, "sample_sha256": sample_sha256}
+
+
+def read_calibration(loaded: LoadedCheckpoint) -> Calibration:
+    """What a calibrated checkpoint says of its calibration; unknown of other libraries' files."""
+    said = json.loads(loaded.metadata.get("calibration", "{}"))
+    known = {f.name for f in fields(Calibration)}
+    unknown = {"method": "unknown", "percentile": 0.0, "images": 0}
+    return Calibration(**{**unknown, **{k: v for k, v in said.items() if k in known}})
+
+
+@torch.inference_mode()
+def run(model: Any, images: Tensor) -> Tensor:
+    """Logits (B, classes) fp32, on the CPU, of images (B, 3, S, S) fp32.
+
+    Raises:
+        CheckpointError: ``model`` is a path to no checkpoint.
+        DataError: images of another size.
+    """
+    if isinstance(model, (str, os.PathLike)):
+        model = load(model)
+    if not callable(model):
+        raise CheckpointError(f"{type(model).__name__} is no model", "give what swinq.load returns")
+    return model(images.to(device_of(model))).float().cpu()
+
+
+def device_of(model: Any) -> torch.device:
+    """Where a model from `load` computes."""
+    if isinstance(model, Int8Swin):
+        return model.device
+    return next(model.parameters()).device

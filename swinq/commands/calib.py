@@ -1,0 +1,196 @@
+"""--calib: find the ranges, write the calibrated and INT8 checkpoints, judge them, report."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from swinq import api, console, distributed
+from swinq.calib.calibrate import Calibration
+from swinq.commands.session import RankImages, Session, load_model, weights_of
+from swinq.config import Config
+from swinq.data.dataset import ImageDataset
+from swinq.data.sampling import calibration_indices, sample_digest
+from swinq.errors import ConfigError
+from swinq.evaluate import Comparison, Scores, compare
+from swinq.export.calibrated import write_calibrated
+from swinq.int8.model import Int8Swin
+from swinq.quant.insert import set_int8_mode
+from swinq.quant.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Judged:
+    """One form of the model and how it did."""
+
+    name: str
+    kind: str  # float, fake-quant, int8
+    mode: int | None
+    scores: Scores
+    comparison: Comparison | None  # against float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything that the report tells of a calibration run."""
+
+    float_model: nn.Module
+    quantized: nn.Module
+    calibration: Calibration
+    sample: list[int]
+    sample_sha256: str
+    train: ImageDataset
+    val: ImageDataset
+    files: dict[str, Path]
+    judged: list[Judged]
+    seconds: dict[str, float]
+    notes: list[str]
+
+
+def run(config: Config) -> int:
+    """Run the whole of --calib; rank 0 writes."""
+    session = Session.open(config)
+    spec = QuantSpec.from_config(config.QUANT)
+    model = load_model(session)
+    if isinstance(model, Int8Swin):
+        raise ConfigError(
+            f"{weights_of(config)} is an exported INT8 checkpoint; its float weights are gone",
+            "calibrate the float checkpoint it was made from, or use --eval on this one",
+        )
+    if hasattr(model, "quant_spec"):
+        console.say("note: the checkpoint's own ranges are found anew", "warning")
+        model = _float_again(session, model)
+    train, val = session.dataset("train", model.arch), session.dataset("val", model.arch)
+    outcome = _calibrate(session, spec, model, train, val)
+    if distributed.is_main():
+        from swinq.commands import report  # matplotlib takes a second that other ranks save
+
+        report.write(session, outcome)
+    return 0
+
+
+def _float_again(session: Session, calibrated: nn.Module) -> nn.Module:
+    """The float weights of a checkpoint that holds ranges too."""
+    loaded = api.load_checkpoint(str(weights_of(session.config)))
+    return api.float_model(loaded).to(session.device)
+
+
+def _calibrate(
+    session: Session, spec: QuantSpec, model: nn.Module, train: ImageDataset, val: ImageDataset
+) -> Outcome:
+    calib = session.config.CALIB
+    sample = calibration_indices(len(train), calib.NUM_BATCHES * calib.BATCH_SIZE, calib.SEED)
+    method = f"percentile {calib.PERCENTILE}" if calib.METHOD == "percentile" else calib.METHOD
+    console.say(
+        f"calibration: {len(sample)} images of {train.description}, recipe "
+        f"{session.config.QUANT.NAME}, {method}, {distributed.world_size()} rank(s)"
+    )
+    seconds: dict[str, float] = {}
+    started = time.monotonic()
+    images = RankImages(session, train, sample)
+    with console.progress(len(images), "calibrating") as bar:
+        quantized = api.calibrate(
+            model,
+            images,
+            recipe=spec,
+            method=calib.METHOD,
+            percentile=calib.PERCENTILE,
+            on_image=bar.update,
+        )
+    found: Calibration = quantized.calibration  # type: ignore[assignment]
+    seconds["calibration"] = time.monotonic() - started
+    console.say(
+        f"calibrated {len(found.histograms)} histograms in {seconds['calibration']:.1f} s; "
+        f"{len(found.vectors)} layers take a scale per input channel; the residual stream reaches "
+        f"{max(found.residual_max.values()):.1f}"
+    )
+    sample_sha256 = sample_digest(train, sample)
+    files, notes = _write_checkpoints(session, quantized, found, sample_sha256)
+    distributed.barrier()
+    judged = _judge(session, model, quantized, val, files, notes)
+    return Outcome(
+        float_model=model,
+        quantized=quantized,
+        calibration=found,
+        sample=sample,
+        sample_sha256=sample_sha256,
+        train=train,
+        val=val,
+        files=files,
+        judged=judged,
+        seconds=seconds,
+        notes=[*found.notes, *notes],
+    )
+
+
+def _write_checkpoints(
+    session: Session, quantized: nn.Module, found: Calibration, sample_sha256: str
+) -> tuple[dict[str, Path], list[str]]:
+    """Write the calibrated checkpoint and each mode's INT8 one on rank 0; name them on all."""
+    spec: QuantSpec = quantized.quant_spec  # type: ignore[assignment]
+    transform = session.transform(quantized.arch).to_dict()  # type: ignore[arg-type]
+    files = {"calibrated": session.calibrated_path()}
+    notes: list[str] = []
+    problem = spec.exportable_problem()
+    if problem is None:
+        files |= {f"INT8 mode {mode}": session.int8_path(mode) for mode in session.modes}
+    else:
+        notes.append(f"not exported: {problem}")
+        console.say(f"note: {notes[-1]}", "warning")
+    if distributed.is_main():
+        write_calibrated(
+            files["calibrated"],
+            quantized,
+            calibration=api.describe_calibration(found, sample_sha256),
+            classes=getattr(quantized, "classes", None),
+            transform=transform,
+        )
+        for mode in session.modes if problem is None else ():
+            api.export(
+                quantized,
+                session.int8_path(mode),
+                int8_mode=mode,
+                transform=transform,
+                sample_sha256=sample_sha256,
+            )
+        for label, path in files.items():
+            console.say(f"  {label}: {path} ({path.stat().st_size / 2**20:.2f} MiB)")
+    return files, notes
+
+
+def _judge(
+    session: Session,
+    model: nn.Module,
+    quantized: nn.Module,
+    val: ImageDataset,
+    files: dict[str, Path],
+    notes: list[str],
+) -> list[Judged]:
+    """Evaluate float, fake-quant and INT8 on the same images, over all ranks."""
+    if not val.labelled:
+        notes.append(f"accuracy was not measured: {val.description} has no labels")
+        console.say(f"note: {notes[-1]}", "warning")
+        return []
+    reference = session.predictions(model, val, "float")
+    judged = [Judged("float", "float", None, reference.scores(), None)]
+
+    def add(name: str, kind: str, mode: int, form: Any) -> None:
+        said = session.predictions(form, val, name)
+        judged.append(Judged(name, kind, mode, said.scores(), compare(reference, said)))
+
+    for mode in session.modes:
+        add(f"fake-quant mode {mode}", "fake-quant", mode, set_int8_mode(quantized, mode))
+    for mode in session.modes:
+        path = files.get(f"INT8 mode {mode}")
+        if path is not None:
+            add(
+                f"INT8 mode {mode}",
+                "int8",
+                mode,
+                Int8Swin.load(path, int8_mode=mode, device=session.device),
+            )
+    return judged

@@ -1,0 +1,264 @@
+"""Gathers what --calib found into a report, on rank 0, and tells the user where it is."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor, nn
+
+from swinq import config as configuration
+from swinq import console
+from swinq.calib.observers import bin_edges
+from swinq.commands.calib import Judged, Outcome
+from swinq.commands.session import Session, weights_of
+from swinq.data.dataset import ImageDataset
+from swinq.data.loader import BatchLoader
+from swinq.data.sampling import calibration_indices
+from swinq.int8.model import Int8Swin
+from swinq.latency import device_name, measure_together
+from swinq.quant.insert import (
+    named_quantizers,
+    quantized_layers,
+    set_active,
+    set_int8_mode,
+    used_quantizers,
+)
+from swinq.report.accuracy import latency_row, model_row
+from swinq.report.environment import describe_file, describe_run
+from swinq.report.layer_error import measure_clipping, measure_layer_errors
+from swinq.report.quantizers import quantizer_row
+from swinq.report.schema import (
+    Configuration,
+    DataSummary,
+    InputFile,
+    LatencyRow,
+    QuantizerRow,
+    Report,
+    Sensitivity,
+)
+from swinq.report.sensitivity import measure_sensitivity, suggest_exclusions
+from swinq.report.tensorboard import write_tensorboard
+from swinq.report.verdict import headline
+from swinq.report.write import write_report
+
+LATENCY_WARMUP, LATENCY_REPEATS = 2, 7
+
+
+def write(session: Session, outcome: Outcome) -> Path:
+    """Measure layers and latency, write the report, and print the summary.
+
+    Returns:
+        The HTML report's path.
+    """
+    config = session.config
+    started = time.monotonic()
+    set_int8_mode(outcome.quantized, session.modes[0])
+    images = config.REPORT.SENSITIVITY_IMAGES
+    batches = _sample_images(session, outcome.val, images) if images else []
+    report = Report(
+        model=session.name,
+        run=describe_run(_command(), session.device, device_name("cpu")),
+        configuration=Configuration(configuration.dump(config), dict(config.origins)),
+        models=[_model_row(judged, outcome) for judged in outcome.judged],
+        files=_files(session, outcome),
+        data=_data(session, outcome),
+        quantizers=_quantizers(session, outcome, batches),
+        layer_errors=_layer_errors(outcome, batches),
+        layer_error_images=sum(map(len, batches)),
+        sensitivity=_sensitivity(session, outcome, batches) if batches else None,
+        latency=_latency(session, outcome),
+        notes=outcome.notes,
+    )
+    paths = write_report(report, session.folder)
+    if config.REPORT.TENSORBOARD:
+        write_tensorboard(report, session.folder / "tensorboard")
+    _print_summary(session, report, paths, time.monotonic() - started)
+    return paths["html"]
+
+
+def _command() -> list[str]:
+    """The command as a user would repeat it."""
+    return ["torchrun", "swinq/main.py", *sys.argv[1:]]
+
+
+def _model_row(judged: Judged, outcome: Outcome) -> Any:
+    path = outcome.files.get(judged.name)
+    return model_row(
+        judged.name,
+        judged.kind,  # type: ignore[arg-type]
+        judged.scores,
+        judged.comparison,
+        int8_mode=judged.mode,
+        size_bytes=path.stat().st_size if path else None,
+    )
+
+
+def _files(session: Session, outcome: Outcome) -> list[InputFile]:
+    source = weights_of(session.config)
+    files = [describe_file("checkpoint", source)] if source and source.is_file() else []
+    return files + [describe_file(label, path) for label, path in outcome.files.items()]
+
+
+def _data(session: Session, outcome: Outcome) -> list[DataSummary]:
+    transform = str(session.transform(outcome.float_model.arch))  # type: ignore[arg-type]
+    evaluated = outcome.judged[0].scores.images if outcome.judged else 0
+    return [
+        DataSummary(
+            "calibration",
+            outcome.train.description,
+            len(outcome.sample),
+            len(outcome.train.classes),
+            transform,
+            outcome.sample_sha256,
+        ),
+        DataSummary(
+            "evaluation",
+            outcome.val.description,
+            evaluated,
+            len(outcome.val.classes),
+            transform,
+            class_names=list(outcome.val.classes),
+        ),
+    ]
+
+
+def _sample_images(session: Session, dataset: ImageDataset, count: int) -> list[Tensor]:
+    """The images that layers are judged on, in batches on the device."""
+    chosen = calibration_indices(len(dataset), min(count, len(dataset)), session.config.SEED)
+    size = session.config.CALIB.BATCH_SIZE
+    batches = [chosen[i : i + size] for i in range(0, len(chosen), size)]
+    return [batch.images.to(session.device) for batch in BatchLoader(dataset, batches)]
+
+
+def _quantizers(session: Session, outcome: Outcome, batches: list[Tensor]) -> list[QuantizerRow]:
+    found = outcome.calibration
+    searched = f"{found.method} {found.percentile}" if found.method == "percentile" else "max"
+    searched = searched if found.method in ("percentile", "max") else found.method
+    used = used_quantizers(outcome.quantized)
+    clipped = measure_clipping(outcome.quantized, list(used), batches) if batches else {}
+    edges = bin_edges()
+    rows = []
+    for name, quantizer in named_quantizers(outcome.quantized).items():
+        if name not in used:
+            continue
+        method = searched if name in found.histograms else "max"
+        if name.rpartition(".")[0] in found.vectors and name.endswith(".input_quantizer"):
+            method = "per input channel"
+        rows.append(
+            quantizer_row(
+                name,
+                quantizer.amax,
+                method,
+                clipped_share=clipped.get(name),
+                counts=found.histograms.get(name),
+                edges=edges,
+            )
+        )
+    return rows
+
+
+def _layer_errors(outcome: Outcome, batches: list[Tensor]) -> list[Any]:
+    layers = list(quantized_layers(outcome.quantized))
+    if not batches:
+        return []
+    with console.progress(batches, "layer errors") as shown:
+        return measure_layer_errors(outcome.float_model, outcome.quantized, layers, shown)
+
+
+def _sensitivity(session: Session, outcome: Outcome, batches: list[Tensor]) -> Sensitivity:
+    model = outcome.quantized
+    layers = list(quantized_layers(model))
+
+    @torch.inference_mode()
+    def predict() -> Tensor:
+        return torch.cat([model(images) for images in batches])
+
+    def set_quantized(names: set[str]) -> None:
+        set_active(model, names)
+
+    def progress(names: Any) -> Iterator[str]:
+        return iter(console.progress(names, "sensitivity"))
+
+    measured = measure_sensitivity(layers, predict, set_quantized, progress=progress)
+    recipe = yaml.safe_dump({"QUANT": model.quant_spec.to_config()}, sort_keys=False)  # type: ignore[operator,union-attr]
+    measured.suggestion = suggest_exclusions(measured, predict, set_quantized, recipe)
+    return measured
+
+
+def _latency(session: Session, outcome: Outcome) -> list[LatencyRow]:
+    """Float and INT8 in turns, on this device."""
+    models: dict[str, nn.Module | Int8Swin] = {"float": outcome.float_model}
+    modes: dict[str, int] = {}
+    for mode in session.modes:
+        name = f"INT8 mode {mode}"
+        if name in outcome.files:
+            models[name] = Int8Swin.load(outcome.files[name], device=session.device)
+            modes[name] = mode
+    batch = session.config.REPORT.LATENCY_BATCH
+    size = outcome.float_model.arch.img_size  # type: ignore[union-attr]
+    timed = measure_together(
+        models, batch, size, session.device, LATENCY_WARMUP, LATENCY_REPEATS  # type: ignore[arg-type]
+    )
+    return [
+        latency_row(
+            name,
+            "int8" if name in modes else "float",
+            batch,
+            latency.median_ms,
+            device=latency.device_name,
+            int8_mode=modes.get(name),
+        )
+        for name, latency in timed.items()
+    ]
+
+
+def _print_summary(
+    session: Session, report: Report, paths: dict[str, Path], seconds: float
+) -> None:
+    console.say(f"report written in {seconds:.1f} s")
+    milliseconds = {row.name: row.median_ms for row in report.latency}
+    rows = []
+    for row in report.models:
+        c = row.comparison
+        rows.append(
+            [
+                row.name,
+                f"{row.top1:.2f}",
+                f"{row.top5:.2f}",
+                f"{c.difference:+.2f}" if c else None,
+                f"{c.low:+.2f} to {c.high:+.2f}" if c else None,
+                f"{c.agreement_percent:.2f}" if c else None,
+                f"{milliseconds[row.name]:.1f}" if row.name in milliseconds else None,
+            ]
+        )
+    console.say("")
+    header = ["model", "top-1 %", "top-5 %", "change", "95 % interval", "agree %", "ms/batch"]
+    console.table(rows, header)
+    console.say("")
+    console.say(headline(report), "bold")
+    console.say(f"report: {paths['html']}", "good")
+    console.say(f"next: {_next_command(session, paths)}")
+
+
+def _next_command(session: Session, paths: dict[str, Path]) -> str:
+    """What a user most likely does now."""
+    if session.config.DEMO:
+        return (
+            "torchrun swinq/main.py --calib --resume swin_tiny_patch4_window7_224.pth "
+            "--data-path /data/imagenet"
+        )
+    data = session.config.DATA.DATA_PATH
+    if "recipe" in paths:
+        source = weights_of(session.config)
+        return (
+            f"torchrun swinq/main.py --calib --resume {source} --data-path {data} "
+            f"--recipe {paths['recipe']} --tag excluded"
+        )
+    mode = session.modes[0]
+    return f"torchrun swinq/main.py --eval --resume {session.int8_path(mode)} --data-path {data}"

@@ -1,0 +1,189 @@
+"""What the actions share: the model a configuration names, its images, the folders of a run."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from swinq import api, console, distributed, preflight
+from swinq import config as configuration
+from swinq.config import Config
+from swinq.data.dataset import ImageDataset
+from swinq.data.datasets import open_dataset
+from swinq.data.loader import BatchLoader
+from swinq.data.sampling import calibration_indices
+from swinq.data.transforms import EvalTransform, eval_transform
+from swinq.demo.checkpoint import CHECKPOINT
+from swinq.errors import ConfigError
+from swinq.evaluate import Predictions, evaluate
+from swinq.models.architecture import Architecture
+
+# From this input size on, the official configurations squash images instead of cropping them.
+SQUASHED_FROM = 384
+
+
+@dataclass(frozen=True)
+class Session:
+    """One run of one action.
+
+    Attributes:
+        config: resolved. device: of this rank. name: the model's, for folders and reports.
+        folder: where results go. checkpoints: where calibrated and exported files go.
+    """
+
+    config: Config
+    device: torch.device
+    name: str
+    folder: Path
+    checkpoints: Path
+
+    @classmethod
+    def open(cls, config: Config) -> Session:
+        """Name the run and, on rank 0, make its folder and save the resolved configuration."""
+        weights = weights_of(config)
+        stated = "MODEL.NAME" in config.origins or weights is None
+        name = config.MODEL.NAME if stated else Path(weights or "").stem
+        folder = Path(config.OUTPUT) / name / config.TAG
+        session = cls(
+            config=config,
+            device=distributed.select_device(config.DEVICE),
+            name=name,
+            folder=folder,
+            checkpoints=Path(config.CALIB.OUTPUT_PATH or folder),
+        )
+        if distributed.is_main():
+            configuration.save(config, folder / "config.yaml")
+        return session
+
+    @property
+    def modes(self) -> tuple[int, ...]:
+        """The int8_modes asked for: both, if none is named."""
+        return (self.config.INT8.MODE,) if self.config.INT8.MODE else (1, 2)
+
+    @property
+    def workers(self) -> int:
+        """Processes of this rank that decode images."""
+        return distributed.loader_processes(self.config.DATA.NUM_WORKERS)
+
+    def int8_path(self, mode: int) -> Path:
+        """Where the INT8 checkpoint of a mode goes."""
+        return self.checkpoints / f"{self.name}_int8_mode{mode}.safetensors"
+
+    def calibrated_path(self) -> Path:
+        """Where the calibrated checkpoint goes."""
+        return self.checkpoints / f"{self.name}_calib.safetensors"
+
+    def transform(self, arch: Architecture) -> EvalTransform:
+        """The evaluation transform that the configuration means for a model."""
+        config = self.config
+        crop = config.TEST.CROP
+        if "TEST.CROP" not in config.origins and arch.img_size >= SQUASHED_FROM:
+            crop = False
+        return eval_transform(config.EVAL.TRANSFORM, arch.img_size, crop)
+
+    def dataset(self, split: str, arch: Architecture) -> ImageDataset:
+        """Open the images of a split for a model."""
+        data = self.config.DATA
+        return open_dataset(
+            data.DATA_PATH,
+            split,
+            self.transform(arch),
+            zip_mode=data.ZIP_MODE,
+            cache_mode=data.CACHE_MODE,
+            num_classes=arch.num_classes,
+        )
+
+    def evaluation_indices(self, dataset: ImageDataset) -> list[int] | None:
+        """The images to evaluate on: all (None), or a seeded sample of EVAL.IMAGES."""
+        wanted = self.config.EVAL.IMAGES
+        if not wanted or wanted >= len(dataset):
+            return None
+        return calibration_indices(len(dataset), wanted, self.config.SEED)
+
+    def predictions(self, model: Any, dataset: ImageDataset, label: str) -> Predictions:
+        """Evaluate a model; every rank calls this."""
+        return evaluate(
+            model,
+            dataset,
+            batch_size=self.config.DATA.BATCH_SIZE,
+            device=self.device,
+            progress=console.progress,
+            num_workers=self.workers,
+            indices=self.evaluation_indices(dataset),
+            label=label,
+        )
+
+
+def weights_of(config: Config) -> Path | None:
+    """The checkpoint that a configuration names, the demo's own, or None."""
+    named = config.MODEL.RESUME or config.MODEL.PRETRAINED
+    if named:
+        return Path(named)
+    return CHECKPOINT if config.DEMO else None
+
+
+def load_model(session: Session) -> Any:
+    """Load what the configuration names and check it against everything that was claimed.
+
+    Raises:
+        ConfigError: no checkpoint is named, or --version is not the model's.
+        CheckpointError: see `swinq.api.load`.
+    """
+    config = session.config
+    path = weights_of(config)
+    if path is None:
+        raise ConfigError("no checkpoint is named", "give one with --resume")
+    wanted = preflight.architecture(config) if "MODEL.TYPE" in config.origins else None
+    started = time.monotonic()
+    model = api.load(
+        path, architecture=wanted, resize=bool(config.MODEL.PRETRAINED), device=session.device
+    )
+    claimed = config.MODEL.VERSION
+    if claimed and claimed != model.arch.version:
+        raise ConfigError(
+            f"--version {claimed} is given, but {path} holds a Swin of version "
+            f"{model.arch.version}",
+            f"use --version {model.arch.version}, or leave it out",
+        )
+    took = time.monotonic() - started
+    console.say(f"model: {describe(model)} from {path} ({took:.1f} s)")
+    return model
+
+
+def describe(model: Any) -> str:
+    """A model in a line: kind, version, size, input and classes."""
+    arch: Architecture = model.arch
+    kind = "float"
+    if hasattr(model, "int8_mode"):
+        kind = f"INT8 mode {model.int8_mode}"
+    elif hasattr(model, "quant_spec"):
+        kind = "calibrated"
+    return (
+        f"{kind} Swin v{arch.version}, {arch.embed_dim} channels, depths "
+        f"{'-'.join(map(str, arch.depths))}, window {arch.window_size}, {arch.img_size} px, "
+        f"{arch.num_classes} classes"
+    )
+
+
+class RankImages:
+    """This rank's share of some images, one after the other, each (3, S, S) fp32."""
+
+    def __init__(self, session: Session, dataset: ImageDataset, indices: list[int]) -> None:
+        """Take every world-th of the indices, from this rank's on."""
+        self.share = indices[distributed.rank() :: distributed.world_size()]
+        size = session.config.CALIB.BATCH_SIZE
+        batches = [self.share[i : i + size] for i in range(0, len(self.share), size)]
+        self.loader = BatchLoader(dataset, batches, num_workers=session.workers)
+
+    def __len__(self) -> int:
+        return len(self.share)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return itertools.chain.from_iterable(batch.images for batch in self.loader)

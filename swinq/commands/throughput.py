@@ -1,0 +1,39 @@
+"""--throughput: images per second, of a checkpoint or of a configuration's random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from swinq import console, distributed, preflight
+from swinq.commands.evaluate import forms
+from swinq.commands.session import Session, load_model, weights_of
+from swinq.config import Config
+from swinq.latency import measure_together
+from swinq.models.build import build_model
+
+
+def run(config: Config) -> int:
+    """Measure the model at the batch size asked for, and print a line per form of it."""
+    session = Session.open(config)
+    model: Any
+    if weights_of(config) is None:
+        model = build_model(preflight.architecture(config)).to(session.device).eval()
+        named: dict[str, Any] = {"float, random weights": lambda: model}
+    else:
+        model = load_model(session)
+        named = forms(model, session)
+    if not distributed.is_main():
+        return 0
+    rows = []
+    for name, form in named.items():
+        timed = measure_together(
+            {name: form()}, config.DATA.BATCH_SIZE, model.arch.img_size, session.device
+        )[name]
+        spread = f"{timed.p10:.2f} to {timed.p90:.2f}"
+        rows.append(
+            [name, timed.batch_size, f"{timed.median_ms:.2f}", spread]
+            + [f"{timed.images_per_second:.1f}"]
+        )
+    console.say(f"device: {timed.device_name}, {timed.threads} threads")
+    console.table(rows, ["model", "batch", "median ms", "10 % to 90 %", "images/s"])
+    return 0
