@@ -139,6 +139,8 @@ class Int8Swin:
         # autocast would turn exact products of codes into bfloat16
         with torch.inference_mode(), torch.autocast(self.device.type, enabled=False):
             x = self._patches(self._accepted(images))
+            if not len(images):
+                return self._logits(x)  # (0, num_classes)
             if tap is not None:
                 tap("patch_embed.stream", x)
             for index, (blocks, merge) in enumerate(self.stages):

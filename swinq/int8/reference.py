@@ -1,9 +1,9 @@
 """The arithmetic of the integer model, one small function an equation: THE specification.
 
 docs/numerics.md says the same in words and says where each step rounds; the CUDA kernels are
-judged against this file. Unless a comment says otherwise a tensor is fp32, and every named operation
-rounds once, to nearest, ties to even. Codes travel as fp32 where floats multiply them and as int8
-where integers do; both hold the same integers.
+judged against this file. Unless a comment says otherwise a tensor is fp32, and every named
+operation rounds once, to nearest, ties to even. Codes travel as fp32 where floats multiply them and
+as int8 where integers do; both hold the same integers.
 
 Each function works on whatever rows it is given, and a row's result never depends on the others:
 callers cut batches as they like. Sums of floats (fp16 GEMMs, patch embedding, mean and head) are

@@ -208,7 +208,8 @@ def test_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
         "n = 0\n"
         "while True:\n"
         "    n += 1\n"
-        f"    write_atomically({str(path)!r}, lambda p: p.write_bytes(bytes([n % 256]) * 3_000_000))\n"
+        "    data = bytes([n % 256]) * 3_000_000\n"
+        f"    write_atomically({str(path)!r}, lambda partial: partial.write_bytes(data))\n"
         "    print(n, flush=True)\n"
     )
     command = [sys.executable, "-c", program]
