@@ -19,6 +19,8 @@ def lively_model(arch: Architecture, *, seed: int = 0) -> nn.Module:
         for name, parameter in model.named_parameters():
             if name.endswith("relative_position_bias_table"):
                 parameter.copy_(2 * torch.randn_like(parameter))
+            elif name.endswith(("cpb_mlp.0.weight", "cpb_mlp.2.weight")):
+                parameter.copy_(torch.randn_like(parameter) * parameter.shape[1] ** -0.5)
             elif parameter.ndim > 1 and "logit_scale" not in name:
                 parameter.mul_(2.5)
             else:

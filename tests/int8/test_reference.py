@@ -174,7 +174,9 @@ def test_attention_output_is_integer_sums_and_two_roundings(n: int) -> None:
     p = reference.probabilities(q, k, factor, bias)
     sums = p.long() @ v.long()
     total = p.long().sum(-1, keepdim=True)
-    expected = sums.numpy().astype(np.float32) * (v_scale.numpy() / total.numpy().astype(np.float32))
+    expected = sums.numpy().astype(np.float32) * (
+        v_scale.numpy() / total.numpy().astype(np.float32)
+    )
     found = reference.integer_attention(q, k, v, factor, bias, v_scale)
     assert (found.numpy() == expected).all()
 

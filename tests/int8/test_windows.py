@@ -76,6 +76,4 @@ def test_unit_of_work_does_not_depend_on_the_batch_and_divides_the_image() -> No
         for elements in (1, 1000, 10**5, 10**7):
             found = cut(parts, elements)
             assert parts % found.unit == 0
-            assert found.step == found.unit or (
-                found.unit == parts and found.step % parts == 0
-            )
+            assert found.step == found.unit or (found.unit == parts and found.step % parts == 0)
