@@ -8,23 +8,24 @@ ranks. (Intel's MKL needs MKL_CBWR=AUTO,STRICT for that, which `import swinq` se
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from swinq.calib.methods import find_amax
-from swinq.calib.migration import choose_vector, output_error
+from swinq.calib.migration import choose_input_range
 from swinq.calib.observers import HistogramObserver, MaxObserver, RowSampler
 from swinq.distributed import all_reduce_sum_, broadcast_, rank, world_size
 from swinq.errors import CalibrationError
 from swinq.quant.affine import SMALLEST_AMAX
 from swinq.quant.insert import float_layers, named_quantizers, quantized_layers
 from swinq.quant.linear import QuantLinear
-from swinq.quant.quantizer import TensorQuantizer
 from swinq.quant.spec import QuantSpec
 from swinq.quant.stream import stream_modules
 
@@ -64,7 +65,7 @@ def calibrate(
     """Find and set the range of every quantizer of a model from ``quantize_model``.
 
     Args:
-        model: in eval mode afterwards, quantized layers active.
+        model: in eval mode afterwards; the forwards run in float, whatever is active.
         images: this rank's share, (3, S, S) fp32 each.
         method: "max", "percentile", "mse" or "entropy", of the quantizers that keep a histogram.
         percentile: in (0, 100].
@@ -122,96 +123,78 @@ class _Collected:
             kind = name.rpartition(".")[2]
             if kind == "weight_quantizer":
                 continue
-            self.observers[name] = self._observer(quantizer, kind, layer, device)
-            if kind == "input_quantizer" and wants_rows:
-                self.samplers[name] = RowSampler(rows_per_image, layer.in_features)  # type: ignore[arg-type]
+            if kind == "input_quantizer" and isinstance(layer, QuantLinear):
+                self.observers[name] = HistogramObserver(-1, layer.in_features, device)
+                if wants_rows and layer.precision == "int8":
+                    self.samplers[name] = RowSampler(rows_per_image, layer.in_features)
+            elif quantizer.descriptor.calib_method == "histogram":
+                self.observers[name] = HistogramObserver(None, None, device)
+            else:
+                channels = quantizer.amax.numel() if quantizer.amax.ndim else None
+                axis = None if channels is None else quantizer.descriptor.axis
+                self.observers[name] = MaxObserver(axis, channels, device)
 
-    @staticmethod
-    def _observer(
-        quantizer: TensorQuantizer, kind: str, layer: nn.Module, device: torch.device
-    ) -> MaxObserver:
-        if kind == "input_quantizer":
-            return HistogramObserver(-1, int(layer.in_features), device)  # type: ignore[arg-type]
-        if quantizer.descriptor.calib_method == "histogram":
-            return HistogramObserver(None, None, device)
-        channels = quantizer.amax.numel() if quantizer.amax.ndim else None
-        return MaxObserver(quantizer.descriptor.axis if channels else None, channels, device)
-
-    def attached(self) -> _Attached:
-        return _Attached(self)
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Show every tensor to its observers inside the context."""
+        hooks = []
+        try:
+            for name, observer in self.observers.items():
+                watchers: list[Callable[[Tensor], None]] = [observer]
+                if name in self.samplers:
+                    watchers.append(self.samplers[name])
+                self.quantizers[name].observer = partial(_show, watchers)
+            for name, module in self.streams.items():
+                hook = partial(_show_output, self.stream_observers[name])
+                hooks.append(module.register_forward_hook(hook))
+            yield
+        finally:
+            for quantizer in self.quantizers.values():
+                quantizer.observer = None
+            for attached in hooks:
+                attached.remove()
 
     def check(self, image: int) -> None:
         """Stop at the first tensor, in the order of the forward, that is not finite."""
-        peaks = torch.stack([o.peak for o in self.observers.values()])
+        watched = {**self.observers, **self.stream_observers}
+        peaks = torch.stack([o.peak for o in watched.values()])
         if bool(torch.isfinite(peaks).all()):
             return
         first = int((~torch.isfinite(peaks)).nonzero()[0])
-        name = list(self.observers)[first]
         raise CalibrationError(
-            f"{name} saw {float(peaks[first])} in calibration image {image} of rank {rank()}",
+            f"{list(watched)[first]} saw {float(peaks[first])} in calibration image {image} of "
+            f"rank {rank()}",
             "check the checkpoint and that image; a float evaluation shows the same",
         )
 
     def reduce(self) -> None:
+        """Join what all ranks have seen."""
         for observer in (*self.observers.values(), *self.stream_observers.values()):
             observer.reduce()
 
     def residual_maxima(self) -> dict[str, float]:
+        """The largest magnitude of each write to the residual stream."""
         return {n: float(o.peak) for n, o in self.stream_observers.items()}
 
 
-class _Attached:
-    """Attaches the observers for the length of a with block."""
-
-    def __init__(self, collected: _Collected) -> None:
-        self.collected = collected
-        self.hooks: list[Any] = []
-
-    def __enter__(self) -> None:
-        collected = self.collected
-        for name, observer in collected.observers.items():
-            sampler = collected.samplers.get(name)
-            watch: Callable[[Tensor], None] = observer
-            if sampler is not None:
-                watch = _both(observer, sampler)
-            collected.quantizers[name].observer = watch
-        for name, module in collected.streams.items():
-            observe = collected.stream_observers[name]
-            self.hooks.append(module.register_forward_hook(_seen_by(observe)))
-
-    def __exit__(self, *failure: object) -> None:
-        for quantizer in self.collected.quantizers.values():
-            quantizer.observer = None
-        for hook in self.hooks:
-            hook.remove()
+def _show(watchers: Sequence[Callable[[Tensor], None]], x: Tensor) -> None:
+    for watcher in watchers:
+        watcher(x)
 
 
-def _both(first: Callable[[Tensor], None], second: Callable[[Tensor], None]) -> Any:
-    def watch(x: Tensor) -> None:
-        first(x)
-        second(x)
-
-    return watch
-
-
-def _seen_by(observer: MaxObserver) -> Any:
-    def hook(module: nn.Module, inputs: Any, output: Tensor) -> None:
-        observer(output)
-
-    return hook
+def _show_output(observer: MaxObserver, module: nn.Module, inputs: Any, output: Tensor) -> None:
+    observer(output)
 
 
 def _set_histogram_ranges(collected: _Collected, result: Calibration) -> None:
     """Search all histograms at once; running maxima take the descriptor's headroom and limit."""
-    with_counts = {
-        n: o for n, o in collected.observers.items() if isinstance(o, HistogramObserver)
-    }
+    with_counts = {n: o for n, o in collected.observers.items() if isinstance(o, HistogramObserver)}
     counts = torch.stack([o.counts for o in with_counts.values()])
     peaks = torch.stack([o.peak for o in with_counts.values()])
     found = find_amax(result.method, counts, peaks, result.percentile)
-    for (name, observer), amax in zip(with_counts.items(), found, strict=True):
+    for name, amax in zip(with_counts, found, strict=True):
         collected.quantizers[name].load_calib_amax(amax)
-        result.histograms[name] = observer.counts.cpu()
+        result.histograms[name] = with_counts[name].counts.cpu()
     for name, observer in collected.observers.items():
         if name not in with_counts:
             descriptor = collected.quantizers[name].descriptor
@@ -233,19 +216,20 @@ def _set_linear_ranges(
         if not isinstance(layer, QuantLinear):
             continue
         source = f"{name}.input_quantizer"
-        per_row = layer.weight_quantizer.descriptor.axis == 0
         if source in collected.samplers:
-            rows = collected.samplers[source].gather(counts, rank()).to(layer.weight.device)
-            maxima = collected.observers[source].maximum
-            amax, ratio = choose_vector(
-                rows, layer.weight, layer.input_quantizer.amax, maxima, spec.migration, per_row
+            choice = choose_input_range(
+                collected.samplers.pop(source).gather(counts, rank()).to(layer.weight.device),
+                layer.weight,
+                layer.input_quantizer.amax,
+                collected.observers[source].maximum,
+                spec.migration,
+                per_row_weight=layer.weight_quantizer.descriptor.axis == 0,
             )
-            layer.input_quantizer.load_calib_amax(amax)
-            if amax.ndim:
-                result.vectors[name] = ratio
-            if spec.bias_correction and layer.precision == "int8":
-                error = output_error(rows, layer.weight, amax, per_row)
-                layer.bias_correction.copy_(-error.double().mean(0))
+            layer.input_quantizer.load_calib_amax(choice.amax)
+            if choice.amax.ndim:
+                result.vectors[name] = choice.ratio
+            if spec.bias_correction:
+                layer.bias_correction.copy_(-choice.mean_error)
         layer.calibrate_weight()
         broadcast_(layer.bias_correction)
 

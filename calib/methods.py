@@ -13,6 +13,7 @@ observers' histograms, whose bins cover all floats.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from swinq.calib.observers import BINS, bin_edges
@@ -26,8 +27,7 @@ LINEAR_BINS = 2048
 START_BIN = 128  # pytorch-quantization's first candidate
 NARROWER = 8  # when entropy wants less than the first candidate, the range shrinks by this
 BINS_PER_OCTAVE = 256
-MSE_OCTAVES = 8  # how far below the maximum a best amax is looked for
-MSE_COARSE = 8  # bins between the coarse search's candidates
+MSE_OCTAVES = 12  # how far below the maximum a best amax is looked for
 
 
 def percentile_search(counts: Tensor, edges: Tensor, percentile: float) -> Tensor:
@@ -50,20 +50,28 @@ def percentile_search(counts: Tensor, edges: Tensor, percentile: float) -> Tenso
 def squared_error(values: Tensor, counts: Tensor, candidates: Tensor) -> Tensor:
     """Summed squared error of rounding and clipping ``values`` to each candidate amax.
 
+    With k(v) the code of v and s = amax / 127 it is sum v^2 - 2 s sum v k(v) + s^2 sum k(v)^2. A
+    value has code k or more from (k - 1/2) s on, so both other sums are sums over k of suffix sums:
+    O(127) a candidate, however many bins there are.
+
     Args:
-        values: (Q, bins) fp64 magnitudes; counts: (Q, bins); candidates: (Q, C) fp64.
+        values: (Q, bins) fp64 magnitudes, each row ascending; counts: (Q, bins).
+        candidates: (Q, C) fp64, positive.
 
     Returns:
         (Q, C) fp64.
     """
+    code = torch.arange(1, QMAX + 1, dtype=torch.float64, device=values.device)
     errors = []
-    for start in range(0, candidates.shape[1], 64):  # bounds the (Q, C, bins) temporaries
-        amax = candidates[:, start : start + 64, None]
+    for v, n, amax in zip(values, counts.double(), candidates, strict=True):
+        mass = torch.stack([n, n * v])
+        suffix = F.pad(mass.flip(1).cumsum(1).flip(1), (0, 1))  # (2, bins + 1)
         scale = amax / QMAX
-        rounded = (values[:, None] / scale).round_().clamp_(max=QMAX).mul_(scale)
-        rounded.sub_(values[:, None]).square_()
-        errors.append(torch.einsum("qcb,qb->qc", rounded, counts.double()))
-    return torch.cat(errors, 1)
+        first = torch.searchsorted(v, scale[:, None] * (code - 0.5))  # (C, 127) bins
+        squared_codes = suffix[0][first] @ (2 * code - 1)
+        values_times_codes = suffix[1][first].sum(1)
+        errors.append((n * v * v).sum() - scale * (2 * values_times_codes - scale * squared_codes))
+    return torch.stack(errors)
 
 
 def mse_search(counts: Tensor, edges: Tensor, start_bin: int = START_BIN) -> Tensor:
@@ -133,30 +141,32 @@ def entropy_search(
     return edges.gather(1, chosen[:, None]).squeeze(1), chosen
 
 
-def linear_histogram(counts: Tensor, upper: Tensor, bins: int = LINEAR_BINS) -> tuple[Tensor, ...]:
+def linear_histogram(
+    counts: Tensor, upper: Tensor, peaks: Tensor, bins: int = LINEAR_BINS
+) -> tuple[Tensor, Tensor, Tensor]:
     """Spread the observers' histograms evenly over linear bins from 0 to ``upper``.
 
     Args:
-        counts: (Q, BINS); upper: (Q,) fp64, positive.
+        counts: (Q, BINS); upper: (Q,) fp64, positive; peaks: (Q,) fp64, the largest magnitudes,
+            where the last bin that has counts ends.
 
     Returns:
         counts (Q, bins) fp64, edges (Q, bins + 1) fp64, counts beyond ``upper`` (Q,) fp64.
     """
     device = counts.device
     source = bin_edges(device)
-    below = torch.cat([counts.new_zeros(len(counts), 1), counts.cumsum(1)], 1).double()
+    below = F.pad(counts.cumsum(1), (1, 0)).double()  # (Q, BINS + 1)
     share = torch.linspace(0, 1, bins + 1, dtype=torch.float64, device=device)
-    edges = upper[:, None].double() * share
+    edges = upper[:, None] * share
     index = torch.searchsorted(source, edges, right=True).clamp(1, BINS)  # source[index-1] <= edge
-    inside = (edges - source[index - 1]) / (source[index] - source[index - 1])
+    start, end = source[index - 1], torch.minimum(source[index], peaks[:, None])
+    inside = torch.where(edges < end, (edges - start) / (end - start), 1.0)
     low, high = below.gather(1, index - 1), below.gather(1, index)
-    cumulated = low + (high - low) * inside.clamp(0, 1)
+    cumulated = low + (high - low) * inside
     return cumulated.diff(dim=1), edges, below[:, -1] - cumulated[:, -1]
 
 
-def find_amax(
-    method: str, counts: Tensor, peaks: Tensor, percentile: float = 99.99
-) -> Tensor:
+def find_amax(method: str, counts: Tensor, peaks: Tensor, percentile: float = 99.99) -> Tensor:
     """Search amax for a stack of observers' histograms, on their device.
 
     Args:
@@ -185,36 +195,32 @@ def find_amax(
     rows = counts[seen]
     peak = peaks[seen].double()
     if method == "percentile":
-        found = percentile_search(rows, bin_edges(counts.device), percentile)
-    elif method == "mse":
-        found = _mse(rows, peak)
+        found = _percentile(rows, percentile)
     else:
-        found = _entropy(rows, peak)
+        found = _mse(rows, peak) if method == "mse" else _entropy(rows, peak)
     amax[seen] = torch.minimum(found, peak).float()
     return amax
 
 
+def _percentile(counts: Tensor, percentile: float) -> Tensor:
+    """Of all values; of those that are not 0 where more than the percentile are 0."""
+    edges = bin_edges(counts.device)
+    found = percentile_search(counts, edges, percentile)
+    zero = found <= edges[1]
+    if bool(zero.any()):
+        found[zero] = percentile_search(F.pad(counts[zero, 1:], (1, 0)), edges, percentile)
+    return found
+
+
 def _mse(counts: Tensor, peak: Tensor) -> Tensor:
-    """Coarse candidates over the top octaves, then every bin edge around the best of them."""
-    device = counts.device
-    edges = bin_edges(device)
+    """Every bin edge of the top octaves is a candidate."""
+    edges = bin_edges(counts.device)
+    centres = ((edges[1:] + edges[:-1]) / 2).expand(len(counts), -1)
     top = torch.searchsorted(edges, peak, right=True)  # the edge above the peak
-    # below 2**-17 of the peak every candidate rounds to 0; those bins add the same to all
-    offsets = torch.arange(-BINS_PER_OCTAVE * (MSE_OCTAVES + 9), 0, device=device)
-    index = (top[:, None] + offsets).clamp(min=0)  # (Q, window) of bins
-    window = counts.gather(1, index).double()
-    centres = (edges[index] + edges[index + 1]) / 2
-
-    def best_of(steps: Tensor) -> Tensor:
-        candidates = edges[steps.clamp(min=1)]
-        best = squared_error(centres, window, candidates).argmin(1, keepdim=True)
-        return steps.gather(1, best)
-
-    coarse = torch.arange(-BINS_PER_OCTAVE * MSE_OCTAVES, 1, MSE_COARSE, device=device)
-    around = torch.arange(-MSE_COARSE, MSE_COARSE + 1, device=device)
-    best = best_of(top[:, None] + coarse)
-    best = best_of(torch.minimum(best + around, top[:, None]))
-    return edges[best.squeeze(1).clamp(min=1)]
+    offsets = torch.arange(-BINS_PER_OCTAVE * MSE_OCTAVES, 1, device=counts.device)
+    candidates = edges[(top[:, None] + offsets).clamp(min=1)]  # (Q, C)
+    best = squared_error(centres, counts, candidates).argmin(1, keepdim=True)
+    return candidates.gather(1, best).squeeze(1)
 
 
 def _entropy(counts: Tensor, peak: Tensor) -> Tensor:
@@ -223,7 +229,9 @@ def _entropy(counts: Tensor, peak: Tensor) -> Tensor:
     upper = peak.clone()
     open_rows = torch.arange(len(peak), device=peak.device)
     while len(open_rows):
-        linear, edges, beyond = linear_histogram(counts[open_rows], upper[open_rows])
+        linear, edges, beyond = linear_histogram(
+            counts[open_rows], upper[open_rows], peak[open_rows]
+        )
         amax, chosen = entropy_search(linear, edges, beyond)
         found[open_rows] = amax
         lowest = (chosen == START_BIN) & (upper[open_rows] > peak[open_rows] * 2.0**-30)

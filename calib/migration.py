@@ -8,9 +8,12 @@ on sampled rows of its real inputs, and takes a vector only where the output's e
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from swinq.distributed import broadcast_
 from swinq.quant.affine import WEIGHT_RANGE, quantize, scale_and_inverse
 
 # A vector costs a multiply per channel, so it must earn at least this much of the error.
@@ -45,8 +48,8 @@ def candidate_vectors(
     return candidates
 
 
-def output_error(rows: Tensor, weight: Tensor, amax: Tensor, per_row_weight: bool) -> Tensor:
-    """What quantizing input and weight adds to a Linear's output, (rows, out) fp32.
+def quantized_output(rows: Tensor, weight: Tensor, amax: Tensor, per_row_weight: bool) -> Tensor:
+    """What a Linear without bias computes from rounded input and weight, (rows, out) fp32.
 
     Args:
         rows: (rows, in) inputs; weight: (out, in); amax: () or (in,) range of the input.
@@ -60,35 +63,58 @@ def output_error(rows: Tensor, weight: Tensor, amax: Tensor, per_row_weight: boo
     low, high = WEIGHT_RANGE
     accumulated = quantize(rows, inverse) @ quantize(folded, weight_inverse, low, high).T
     factor = weight_scale.reshape(-1) if amax.ndim else (scale * weight_scale).reshape(-1)
-    return accumulated * factor - rows @ weight.T
+    return accumulated * factor
 
 
-def relative_error(error: Tensor, rows: Tensor, weight: Tensor) -> float:
-    """Noise-to-signal ratio averaged over output channels, so that loud ones hide no other."""
-    signal = (rows @ weight.T).double().square().sum(0)
-    noise = error.double().square().sum(0)
-    return float((noise / signal.clamp(min=float(signal.max()) * 1e-12 + 1e-300)).mean())
+@dataclass(frozen=True)
+class InputChoice:
+    """The input range that serves one Linear best.
+
+    Attributes:
+        amax: () or (in,) fp32.
+        ratio: its output error relative to that of one scale, 1 for one scale itself.
+        mean_error: (out,) fp64, what quantizing adds to each output on average.
+    """
+
+    amax: Tensor
+    ratio: float
+    mean_error: Tensor
 
 
-def choose_vector(
+def choose_input_range(
     rows: Tensor,
     weight: Tensor,
     amax: Tensor,
     channel_maxima: Tensor,
     exponents: tuple[float, ...],
     per_row_weight: bool,
-) -> tuple[Tensor, float]:
-    """Pick the input range of one Linear.
+) -> InputChoice:
+    """Pick the input range of one Linear: ``amax`` or a vector; all ranks take rank 0's choice.
 
-    Returns:
-        The range, () or (in,) fp32, and its error relative to that of the scalar (1 for itself).
+    The error is a noise-to-signal ratio averaged over output channels, so that loud ones hide no
+    other.
+
+    Args:
+        rows: (rows, in) fp32 inputs; weight: (out, in) fp32; amax: () fp32.
+        channel_maxima: (in,) fp32, largest magnitudes; exponents: of the vectors to try.
+        per_row_weight: one weight scale per output channel, or one for all.
     """
     candidates = candidate_vectors(amax, channel_maxima, weight, exponents)
-    errors = [
-        relative_error(output_error(rows, weight, c, per_row_weight), rows, weight)
-        for c in candidates
-    ]
+    wanted = rows @ weight.T  # (rows, out)
+    signal = _power(wanted)
+    signal = signal.clamp(min=float(signal.max()) * 1e-12 + 1e-300)
+    scores, means = [], []
+    for candidate in candidates:
+        error = quantized_output(rows, weight, candidate, per_row_weight).sub_(wanted)
+        scores.append((_power(error) / signal).mean())
+        means.append(error.mean(0, dtype=torch.float64))
+    # ranks on unlike machines may differ in the last bit: one of them decides
+    errors = broadcast_(torch.stack(scores).cpu()).tolist()
     best = min(range(len(errors)), key=errors.__getitem__)
-    if errors[0] <= 0.0 or errors[best] >= WORTHWHILE * errors[0]:
-        return candidates[0], 1.0
-    return candidates[best], errors[best] / errors[0]
+    if errors[best] >= WORTHWHILE * errors[0]:
+        best = 0
+    return InputChoice(candidates[best], errors[best] / errors[0] if best else 1.0, means[best])
+
+
+def _power(x: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(x, dim=0, dtype=torch.float64).square()  # (out,)

@@ -121,6 +121,6 @@ class RowSampler:
             mine = torch.cat(self._kept).view(torch.int32).long()
             bits[start : start + len(mine)] = mine
         all_reduce_sum_(bits)  # each row has one rank's bits and zeros, so the sum is exact
-        weights = torch.arange(1, 2 * self.width, 2, dtype=torch.int64) * 0x1E3779B97F4A7C15
-        order = ((bits * weights).sum(1)).argsort(stable=True)  # wraps around, as a hash may
-        return bits.to(torch.int32).view(torch.float32)[order]
+        rows = bits.to(torch.int32).view(torch.float32)
+        key = [row.tobytes() for row in rows.numpy()]
+        return rows[sorted(range(total), key=key.__getitem__)]

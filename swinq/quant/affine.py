@@ -26,8 +26,10 @@ def scale_and_inverse(amax: Tensor) -> tuple[Tensor, Tensor]:
     """Return the fp32 scale and its fp32 inverse, both of amax's shape.
 
     Where amax is below ``SMALLEST_AMAX`` (a dead tensor or channel) both are 0, so its codes are 0.
+    NaN (uncalibrated) stays NaN.
     """
-    scale = amax.float() / QMAX
+    amax = amax.float()
+    scale = amax / QMAX
     inverse = 1.0 / scale
     dead = amax < SMALLEST_AMAX
     zero = torch.zeros_like(scale)
@@ -54,9 +56,13 @@ def round_half_even(x: Tensor) -> Tensor:
 
 
 def quantize(x: Tensor, inverse: Tensor, low: int = -128, high: int = 127) -> Tensor:
-    """Return integer codes as a float tensor of x's shape.
+    """Return integer codes, as an fp32 tensor of x's shape.
 
     Codes stay in fp32 because products of codes summed in fp32 are exact integers below 2**24.
     The gradient is ``inverse`` inside the range and 0 outside it.
+
+    Args:
+        x: any float type; the multiply is fp32 whatever it is, so that halves round once.
+        inverse: fp32, broadcasts against x.
     """
-    return round_half_even((x * inverse).clamp(low, high))
+    return round_half_even((x.float() * inverse).clamp(low, high))

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinq.quant.affine import round_half_even
-from swinq.quant.linear import round_to_half
+from swinq.quant.linear import QuantLinear, round_to_half
 from swinq.quant.quantizer import QuantDescriptor, TensorQuantizer
 from swinq.quant.spec import QuantSpec
 
@@ -33,6 +33,10 @@ class QuantAttention(nn.Module):
         active: False computes in float, observers still see tensors.
     """
 
+    qkv: QuantLinear
+    proj: QuantLinear
+    q_quantizer: TensorQuantizer
+    k_quantizer: TensorQuantizer
     relative_position_index: Tensor
 
     def __init__(self, attention: nn.Module, spec: QuantSpec, precision: str) -> None:
@@ -82,6 +86,18 @@ class QuantAttention(nn.Module):
         grouped = scores.view(windows // count, count, heads, tokens, tokens)
         return (grouped + (bias + mask.unsqueeze(1))).view(windows, heads, tokens, tokens)
 
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """Attention in the layer's precision; q, k, v (B*nW, heads, N, d) -> (B*nW, N, dim)."""
+        operands = ((self.q_quantizer, q), (self.k_quantizer, k), (self.v_quantizer, v))
+        for quantizer, tensor in operands:
+            quantizer.observe(tensor)
+        if not self.active:
+            return self.attend_float(q, k, v, mask)
+        if self.precision == "fp16":
+            return self.attend_half(q, k, v, mask)
+        q_pair, k_pair, v_pair = (quantizer.codes(tensor) for quantizer, tensor in operands)
+        return self.attend_codes(q_pair, k_pair, v_pair, mask, self.softmax_scale())
+
     def attend_float(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
         """Softmax attention in float; q, k, v (B*nW, heads, N, d) -> (B*nW, N, dim)."""
         scale = self.softmax_scale().view(-1, 1, 1)
@@ -106,7 +122,10 @@ class QuantAttention(nn.Module):
         mask: Tensor | None,
         softmax_scale: Tensor,
     ) -> Tensor:
-        """Attention on (codes, scale) pairs, codes (B*nW, heads, N, d) -> (B*nW, N, dim)."""
+        """Attention on (codes, scale) pairs, codes (B*nW, heads, N, d) -> (B*nW, N, dim).
+
+        A scale broadcasts against its codes; softmax_scale is (heads,) fp32.
+        """
         factor = (q[1] * k[1]) * softmax_scale.view(-1, 1, 1)
         s = self._add_bias_and_mask((q[0] @ k[0].transpose(-2, -1)) * factor, mask)
         if self.static_probabilities:
@@ -143,16 +162,7 @@ class QuantWindowAttention(QuantAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Map windows x (B*nW, N, dim), mask (nW, N, N) to (B*nW, N, dim)."""
         q, k, v = self._split_heads(self.qkv(x))
-        quantizers = (self.q_quantizer, self.k_quantizer, self.v_quantizer)
-        for quantizer, tensor in zip(quantizers, (q, k, v), strict=True):
-            quantizer.observe(tensor)
-        if not self.active:
-            return self.proj(self.attend_float(q, k, v, mask))
-        if self.precision == "fp16":
-            return self.proj(self.attend_half(q, k, v, mask))
-        pairs = [z.codes(t) for z, t in zip(quantizers, (q, k, v), strict=True)]
-        out = self.attend_codes(*pairs, mask=mask, softmax_scale=self.softmax_scale())
-        return self.proj(out)
+        return self.proj(self.attend(q, k, v, mask))
 
 
 class QuantCosineAttention(QuantAttention):
@@ -164,6 +174,7 @@ class QuantCosineAttention(QuantAttention):
 
     logit_scale: Tensor
     relative_coords_table: Tensor
+    cpb_mlp: nn.Sequential
 
     def __init__(self, attention: nn.Module, spec: QuantSpec, precision: str) -> None:
         """See QuantAttention; a normalised component is at most 1, so no scale exceeds 1/127."""
@@ -193,33 +204,27 @@ class QuantCosineAttention(QuantAttention):
         if self.static_probabilities:
             return self.proj(self._attend_static(q, k, v, mask))
         q, k = F.normalize(q, dim=-1, eps=1e-12), F.normalize(k, dim=-1, eps=1e-12)
-        quantizers = (self.q_quantizer, self.k_quantizer, self.v_quantizer)
-        for quantizer, tensor in zip(quantizers, (q, k, v), strict=True):
-            quantizer.observe(tensor)
-        if not self.active:
-            return self.proj(self.attend_float(q, k, v, mask))
-        if self.precision == "fp16":
-            return self.proj(self.attend_half(q, k, v, mask))
-        pairs = [z.codes(t) for z, t in zip(quantizers, (q, k, v), strict=True)]
-        out = self.attend_codes(*pairs, mask=mask, softmax_scale=self.softmax_scale())
-        return self.proj(out)
+        return self.proj(self.attend(q, k, v, mask))
 
     def _attend_static(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-        raw = (self.q_quantizer, self.k_quantizer, self.v_quantizer)
-        for quantizer, tensor in zip(raw, (q, k, v), strict=True):
+        for quantizer, tensor in ((self.q_quantizer, q), (self.k_quantizer, k)):
             quantizer.observe(tensor)
-        if self.active:
+        self.v_quantizer.observe(v)
+        rounded = self.active and self.precision == "int8"
+        if rounded:
             q, k = self.q_quantizer(q), self.k_quantizer(k)
-        scale = self.softmax_scale().view(-1, 1, 1)
         q = F.normalize(q, dim=-1, eps=1e-12)
         k = F.normalize(k, dim=-1, eps=1e-12)
-        self.mha_q_quantizer.observe(q * scale)
+        scaled = q * self.softmax_scale().view(-1, 1, 1)
+        self.mha_q_quantizer.observe(scaled)
         self.mha_k_quantizer.observe(k)
-        if not self.active:
-            return self.attend_float(q, k, v, mask)
-        pairs = (
-            self.mha_q_quantizer.codes(q * scale),
+        if not rounded:
+            attend = self.attend_half if self.active else self.attend_float
+            return attend(q, k, v, mask)
+        return self.attend_codes(
+            self.mha_q_quantizer.codes(scaled),
             self.mha_k_quantizer.codes(k),
             self.v_quantizer.codes(v),
+            mask=mask,
+            softmax_scale=torch.ones_like(self.logit_scale),
         )
-        return self.attend_codes(*pairs, mask=mask, softmax_scale=torch.ones_like(scale))

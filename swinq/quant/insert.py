@@ -1,4 +1,4 @@
-"""Puts quantizers into a float Swin, found by the names and shape of its parts, not by its class."""
+"""Puts quantizers into a float Swin, whose parts are found by name and shape, not by class."""
 
 from __future__ import annotations
 
@@ -27,9 +27,16 @@ def quantize_model(model: nn.Module, spec: QuantSpec) -> nn.Module:
         The same model, with ``model.quant_spec`` set.
 
     Raises:
-        ConfigError: a layer rule that matches nothing, or a precision a layer cannot have.
+        ConfigError: nothing to quantize (or already done), a layer rule that matches nothing, or
+            a precision that a layer cannot have.
     """
-    precision = resolve_precisions(list(_float_layers(model)), spec.layers)
+    names = list(_float_layers(model))
+    if not names:
+        raise ConfigError(
+            f"{type(model).__name__} has no float layer to quantize",
+            "quantize a Swin from build_model, and only once",
+        )
+    precision = resolve_precisions(names, spec.layers)
     for name, module in list(_float_layers(model).items()):
         parent, _, last = name.rpartition(".")
         owner = model.get_submodule(parent)
@@ -50,9 +57,9 @@ def _quant_linear(
     owner: nn.Module, linear: nn.Linear, kind: str, spec: QuantSpec, precision: str
 ) -> QuantLinear:
     if kind == "qkv" and getattr(owner, "q_bias", None) is not None:
-        biases = {"q_bias": owner.q_bias, "v_bias": owner.v_bias}
-        return QuantQkv(linear, kind=kind, spec=spec, precision=precision, **biases)
-    return QuantLinear(linear, kind=kind, spec=spec, precision=precision)
+        q_bias, v_bias = owner.get_parameter("q_bias"), owner.get_parameter("v_bias")
+        return QuantQkv(linear, q_bias, v_bias, kind=kind, spec=spec, precision=precision)
+    return QuantLinear(linear, kind, spec, precision)
 
 
 def _float_layers(model: nn.Module) -> dict[str, nn.Module]:
@@ -99,9 +106,9 @@ def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:
     layers: dict[str, QuantizedLayer] = {}
     for name, module in model.named_modules():
         if isinstance(module, QuantAttention):
-            layers[f"{name}.qkv"] = module.qkv  # type: ignore[assignment]
+            layers[f"{name}.qkv"] = module.qkv
             layers[name] = module
-            layers[f"{name}.proj"] = module.proj  # type: ignore[assignment]
+            layers[f"{name}.proj"] = module.proj
         elif isinstance(module, QuantLinear) and name not in layers:
             layers[name] = module
     return layers

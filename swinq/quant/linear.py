@@ -6,14 +6,14 @@ the accumulator is the very integer that the INT8 kernels compute. One multiply 
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinq.errors import CalibrationError
-from swinq.quant.affine import QMAX, WEIGHT_RANGE, quantize
+from swinq.quant.affine import WEIGHT_RANGE, quantize
 from swinq.quant.quantizer import QuantDescriptor, TensorQuantizer
 from swinq.quant.spec import UNROUNDED_IN_MODE_2, QuantSpec
 
@@ -63,7 +63,7 @@ class QuantLinear(nn.Module):
             columns,
         )
         self.set_int8_mode(1)
-        self._cached_codes: tuple[tuple[int, ...], Tensor] | None = None
+        self._cached_codes: tuple[tuple[int, ...], tuple[Tensor, ...], Tensor] | None = None
 
     def set_int8_mode(self, mode: int) -> None:
         """Mode 1 rounds every output that the recipe names, mode 2 not those of fc2, reduction."""
@@ -80,28 +80,28 @@ class QuantLinear(nn.Module):
         """Set the weight's range to the largest magnitude of each row, or of the tensor."""
         magnitude = self.folded_weight().detach().abs()
         per_row = self.weight_quantizer.descriptor.axis == 0
-        self.weight_quantizer.load_calib_amax(
-            magnitude.amax(1) if per_row else magnitude.max()
-        )
+        self.weight_quantizer.load_calib_amax(magnitude.amax(1) if per_row else magnitude.max())
 
     def _weight_codes(self) -> Tensor:
-        """Codes of the folded weight, (out, in), as floats; cached while nothing changes."""
+        """Codes of the folded weight, (out, in) fp32; kept while weight and ranges stay."""
         learning = torch.is_grad_enabled() and self.weight.requires_grad
-        ranges = (self.weight_quantizer.amax, self.input_quantizer.amax)
-        key = (
-            self.weight.data_ptr(),
-            self.weight._version,
-            *(part for a in ranges for part in (a.data_ptr(), a._version)),
-        )
-        if not learning and self._cached_codes is not None and self._cached_codes[0] == key:
-            return self._cached_codes[1]
-        low, high = WEIGHT_RANGE
+        if learning or torch.compiler.is_compiling():
+            return self._round_weight()
+        sources = (self.weight, self.weight_quantizer.amax, self.input_quantizer.amax)
+        # a weight keeps its identity when .to() gives it other memory, a range never does
+        key = (self.weight.data_ptr(), *(source._version for source in sources))
+        cached = self._cached_codes
+        if cached is None or cached[0] != key or any(map(operator.is_not, cached[1], sources)):
+            with torch.inference_mode(False), torch.no_grad():
+                cached = self._cached_codes = (key, sources, self._round_weight())
+        return cached[2]
+
+    def _round_weight(self) -> Tensor:
         _, inverse = self.weight_quantizer.scale()
-        inverse = self.weight_quantizer.broadcast(inverse, 2)
-        codes = quantize(self.folded_weight(), inverse, low, high)
-        if not learning:
-            self._cached_codes = (key, codes.detach())
-        return codes
+        low, high = WEIGHT_RANGE
+        return quantize(
+            self.folded_weight(), self.weight_quantizer.broadcast(inverse, 2), low, high
+        )
 
     def _factor(self) -> Tensor:
         """What one unit of the accumulator is worth: s_in * s_w, fp32, () or (out,)."""
@@ -130,13 +130,11 @@ class QuantLinear(nn.Module):
         """Return int8 codes (out, in) in [-127, 127] and their fp32 scale (out,).
 
         Raises:
-            CalibrationError: the weight has no range yet, or a dead row that is not zero.
+            CalibrationError: the weight has no range yet.
         """
         with torch.no_grad():
             codes = self._weight_codes()
             scale, _ = self.weight_quantizer.scale()
-        if float(codes.abs().max()) > QMAX:
-            raise CalibrationError("weight codes exceed 127", "calibrate the weights again")
         return codes.to(torch.int8), scale.expand(self.out_features).contiguous()
 
     def full_bias(self) -> Tensor | None:

@@ -49,7 +49,7 @@ class TensorQuantizer(nn.Module):
         self.enabled = True
         self.name = ""
         self.observer: Callable[[Tensor], None] | None = None
-        self._cached_scale: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+        self._cached_scale: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
         shape = () if descriptor.axis is None or channels is None else (channels,)
         self.register_buffer("_amax", torch.full(shape, float("nan")))
 
@@ -69,15 +69,17 @@ class TensorQuantizer(nn.Module):
         return bool((self._amax < SMALLEST_AMAX).all())
 
     def load_calib_amax(self, amax: Tensor) -> None:
-        """Take a range found by calibration: () for the tensor, or (n,) along the last axis.
+        """Take a range found by calibration: () for the tensor, or (n,) along the axis.
 
         Raises:
             CalibrationError: a range that is negative, infinite or NaN.
         """
         amax = amax.detach().to(self._amax.device, torch.float32)
-        if not bool(torch.isfinite(amax).all()) or bool((amax < 0).any()):
+        wrong = ~(torch.isfinite(amax) & (amax >= 0))
+        if bool(wrong.any()):
             raise CalibrationError(
-                f"{self.name}: amax must be finite and not negative, got {amax.flatten()[:4].tolist()}",
+                f"{self.name or 'a quantizer'}: amax must be finite and not negative, "
+                f"got {amax[wrong][:4].tolist()}",
                 "look for NaN or infinite activations in this layer",
             )
         self._amax = amax.clone()
@@ -95,20 +97,21 @@ class TensorQuantizer(nn.Module):
         """
         if torch.compiler.is_compiling():
             return scale_and_inverse(self._amax)
-        key = (self._amax.data_ptr(), self._amax._version)
-        if self._cached_scale is not None and self._cached_scale[0] == key:
-            return self._cached_scale[1]
+        cached = self._cached_scale  # holds the tensor: an address alone may be used again
+        if cached is not None and cached[0] is self._amax and cached[1] == self._amax._version:
+            return cached[2]
         if not self.calibrated:
             raise CalibrationError(
                 f"{self.name or 'a quantizer'} is enabled but has no range",
                 "calibrate the model, or load a calibrated checkpoint",
             )
-        scales = scale_and_inverse(self._amax)
-        self._cached_scale = (key, scales)
+        with torch.inference_mode(False):  # the cache must also serve a backward later
+            scales = scale_and_inverse(self._amax)
+        self._cached_scale = (self._amax, self._amax._version, scales)
         return scales
 
     def broadcast(self, value: Tensor, dims: int) -> Tensor:
-        """Reshape a per-index value (n,) so that it lines up with this axis of a tensor."""
+        """Reshape a value (n,) to line up with the axis of a tensor of ``dims`` dimensions."""
         if value.ndim == 0:
             return value
         axis = -1 if self.descriptor.axis is None else self.descriptor.axis
@@ -117,7 +120,7 @@ class TensorQuantizer(nn.Module):
         return value.view(shape)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x's integer codes as a float tensor, and the scale that broadcasts against it."""
+        """Return x's integer codes as an fp32 tensor, and the scale that broadcasts against it."""
         scale, inverse = self.scale()
         low, high = self.descriptor.low, self.descriptor.high
         codes = quantize(x, self.broadcast(inverse, x.ndim), low, high)
@@ -142,4 +145,4 @@ class TensorQuantizer(nn.Module):
         saved = state_dict.get(prefix + "_amax")
         if isinstance(saved, Tensor):
             self._amax = torch.empty_like(saved, device=self._amax.device, dtype=torch.float32)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
