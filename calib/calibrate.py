@@ -42,6 +42,7 @@ class Calibration:
         residual_max: the largest magnitude of each write to the residual stream.
         vectors: layers whose input has a scale per channel, and the error relative to one scale.
         notes: what a user should know, such as dead channels.
+        sample_sha256: digest of the images, if whoever chose them took one.
     """
 
     method: str
@@ -51,6 +52,7 @@ class Calibration:
     residual_max: dict[str, float] = field(default_factory=dict)
     vectors: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    sample_sha256: str = ""
 
 
 @torch.no_grad()

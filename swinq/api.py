@@ -1,12 +1,12 @@
 """The Python API: every command in one call.
 
-    import swinq
-    model = swinq.load("swin_tiny_patch4_window7_224.pth")        # any layout, float
-    quantized = swinq.calibrate(model, images)                      # a fake-quantized copy
-    swinq.export_model(quantized, "swin_tiny_int8.safetensors", int8_mode=1)
-    int8 = swinq.load("swin_tiny_int8.safetensors")                # runs in integer arithmetic
-    logits = swinq.run(int8, images)
-    scores = swinq.evaluate_model(int8, "/data/imagenet").scores()
+import swinq
+model = swinq.load("swin_tiny_patch4_window7_224.pth")        # any layout, float
+quantized = swinq.calibrate(model, images)                      # a fake-quantized copy
+swinq.export_model(quantized, "swin_tiny_int8.safetensors", int8_mode=1)
+int8 = swinq.load("swin_tiny_int8.safetensors")                # runs in integer arithmetic
+logits = swinq.run(int8, images)
+scores = swinq.evaluate_model(int8, "/data/imagenet").scores()
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,17 @@ from swinq.calib.calibrate import calibrate as run_calibration
 from swinq.data.dataset import ImageDataset
 from swinq.data.datasets import open_dataset
 from swinq.data.transforms import EvalTransform, eval_transform
-from swinq.errors import CheckpointError, ConfigError
+from swinq.errors import CheckpointError, ConfigError, SwinqError
 from swinq.evaluate import Predictions
 from swinq.evaluate import evaluate as run_evaluation
-from swinq.export.calibrated import restore_ranges, spec_of
+from swinq.export.calibrated import require_unchanged, restore_ranges, spec_of
 from swinq.export.reader import is_int8_checkpoint
 from swinq.export.writer import write_checkpoint
 from swinq.int8.model import Int8Swin
 from swinq.models.architecture import Architecture
 from swinq.models.build import build_model
 from swinq.models.checkpoint import LoadedCheckpoint, load_checkpoint, load_into
-from swinq.quant.insert import quantize_model, set_int8_mode
+from swinq.quant.insert import quantize_model
 from swinq.quant.spec import QuantSpec
 
 Model = nn.Module | Int8Swin
@@ -50,6 +50,7 @@ def load(
     *,
     architecture: Architecture | None = None,
     resize: bool = False,
+    ranges: bool = True,
     device: torch.device | str = "cpu",
 ) -> Any:
     """Load a checkpoint, recognised by its content.
@@ -58,6 +59,7 @@ def load(
         path: a float checkpoint of any layout, a calibrated one, or an exported INT8 one.
         architecture: what the model must be; taken from the file if None.
         resize: fit a float checkpoint to other windows than its own (bias tables, bicubic).
+        ranges: restore a calibrated checkpoint's ranges; False gives its float model.
         device: where the model goes.
 
     Returns:
@@ -69,9 +71,10 @@ def load(
     """
     if is_int8_checkpoint(path):
         return Int8Swin.load(path, architecture=architecture, device=device)
-    loaded = load_checkpoint(path, architecture=None if resize else architecture)
+    loaded = load_checkpoint(Path(path), architecture=None if resize else architecture)
+    require_unchanged(loaded)
     model = float_model(loaded, architecture if resize else None)
-    if loaded.amax:
+    if loaded.amax and ranges:
         spec = spec_of(loaded) or recipe_spec(
             "fastertransformer" if loaded.layout == "fastertransformer" else "int8"
         )
@@ -87,7 +90,25 @@ def float_model(loaded: LoadedCheckpoint, resized: Architecture | None = None) -
     model = build_model(arch)
     load_into(model, loaded, resize=resized is not None)
     model.classes = loaded.classes  # type: ignore[assignment]
+    model.notes = loaded.notes  # type: ignore[assignment]
+    model.transform = _recorded_transform(loaded.metadata)  # type: ignore[assignment]
     return model.eval()
+
+
+def _recorded_transform(metadata: Mapping[str, str]) -> EvalTransform | None:
+    """The transform in a file's metadata; what another library calls so is not ours to read."""
+    try:
+        return EvalTransform.from_dict(json.loads(metadata["transform"]))
+    except (KeyError, ValueError, TypeError, SwinqError):
+        return None
+
+
+def transform_of(model: Any) -> EvalTransform | None:
+    """The evaluation transform that a model's file records, if it makes images of its size."""
+    recorded = getattr(model, "transform", None)
+    if isinstance(model, Int8Swin) and model.checkpoint.transform:
+        recorded = EvalTransform.from_dict(model.checkpoint.transform)
+    return recorded if recorded and recorded.img_size == model.arch.img_size else None
 
 
 def recipe_spec(name: str | os.PathLike[str]) -> QuantSpec:
@@ -155,14 +176,15 @@ def evaluate(
     Args:
         model: from `load` or `calibrate`.
         data: a data set, or what `open_dataset` opens ("val" split).
-        transform: for a path; the official one if None.
+        transform: for a path; if None the one that the model's file records, or the official one.
 
     Raises:
         DataError: no labelled images there, or unreadable ones.
     """
     arch: Architecture = model.arch
     if not isinstance(data, ImageDataset):
-        transform = transform or eval_transform("official", arch.img_size, arch.img_size < 384)
+        official = eval_transform("official", arch.img_size, arch.img_size < 384)
+        transform = transform or transform_of(model) or official
         data = open_dataset(data, "val", transform, num_classes=arch.num_classes)
     return run_evaluation(
         model,
@@ -179,37 +201,36 @@ def export(
     path: str | os.PathLike[str],
     *,
     int8_mode: int,
-    transform: dict[str, Any] | None = None,
-    sample_sha256: str = "",
+    transform: EvalTransform | None = None,
 ) -> Path:
-    """Write the INT8 checkpoint of a model from `calibrate`.
+    """Write the INT8 checkpoint of a model from `calibrate`, or of a calibrated checkpoint.
 
     Args:
+        model: not changed.
         int8_mode: 1 (every GEMM int8 in and out) or 2 (fc2 and reduction unrounded).
-        transform: the evaluation transform to record, as `EvalTransform.to_dict` gives it.
-        sample_sha256: digest of the calibration images, to record.
+        transform: the evaluation transform to record; the one that the model came with if None.
 
     Raises:
         ExportError: the model or recipe cannot be exported, or the file not be written.
     """
     found = getattr(model, "calibration", None)
-    described = describe_calibration(found, sample_sha256) if found is not None else {}
+    transform = transform or transform_of(model)
     return write_checkpoint(
         path,
-        set_int8_mode(model, int8_mode),
+        model,
         int8_mode=int8_mode,
-        calibration=described,
+        calibration=describe_calibration(found) if found is not None else {},
         classes=getattr(model, "classes", None),
-        transform=transform or {},
+        transform=transform.to_dict() if transform else {},
         residual_max=found.residual_max if found is not None else {},
     )
 
 
-def describe_calibration(found: Calibration, sample_sha256: str = "") -> dict[str, Any]:
+def describe_calibration(found: Calibration) -> dict[str, Any]:
     """How ranges were found, as plain JSON for a checkpoint's metadata; histograms stay behind."""
     described = asdict(found)
     described.pop("histograms")
-    return {**described, "sample_sha256": sample_sha256}
+    return described
 
 
 def read_calibration(loaded: LoadedCheckpoint) -> Calibration:

@@ -1,4 +1,4 @@
-"""What the actions of the command line do. `run` is called on every rank, after they have joined."""
+"""What the actions of the command line do; `run` is called on every rank, once all have joined."""
 
 from __future__ import annotations
 

@@ -42,7 +42,6 @@ class Outcome:
     quantized: nn.Module
     calibration: Calibration
     sample: list[int]
-    sample_sha256: str
     train: ImageDataset
     val: ImageDataset
     files: dict[str, Path]
@@ -55,28 +54,19 @@ def run(config: Config) -> int:
     """Run the whole of --calib; rank 0 writes."""
     session = Session.open(config)
     spec = QuantSpec.from_config(config.QUANT)
-    model = load_model(session)
+    model = load_model(session, ranges=False)  # a calibrated checkpoint's are found anew
     if isinstance(model, Int8Swin):
         raise ConfigError(
             f"{weights_of(config)} is an exported INT8 checkpoint; its float weights are gone",
             "calibrate the float checkpoint it was made from, or use --eval on this one",
         )
-    if hasattr(model, "quant_spec"):
-        console.say("note: the checkpoint's own ranges are found anew", "warning")
-        model = _float_again(session, model)
-    train, val = session.dataset("train", model.arch), session.dataset("val", model.arch)
+    train, val = session.dataset("train", model), session.dataset("val", model)
     outcome = _calibrate(session, spec, model, train, val)
     if distributed.is_main():
         from swinq.commands import report  # matplotlib takes a second that other ranks save
 
         report.write(session, outcome)
     return 0
-
-
-def _float_again(session: Session, calibrated: nn.Module) -> nn.Module:
-    """The float weights of a checkpoint that holds ranges too."""
-    loaded = api.load_checkpoint(str(weights_of(session.config)))
-    return api.float_model(loaded).to(session.device)
 
 
 def _calibrate(
@@ -92,7 +82,8 @@ def _calibrate(
     seconds: dict[str, float] = {}
     started = time.monotonic()
     images = RankImages(session, train, sample)
-    with console.progress(len(images), "calibrating") as bar:
+    bar: console.progress[None] = console.progress(len(images), "calibrating")
+    with bar:
         quantized = api.calibrate(
             model,
             images,
@@ -108,8 +99,8 @@ def _calibrate(
         f"{len(found.vectors)} layers take a scale per input channel; the residual stream reaches "
         f"{max(found.residual_max.values()):.1f}"
     )
-    sample_sha256 = sample_digest(train, sample)
-    files, notes = _write_checkpoints(session, quantized, found, sample_sha256)
+    found.sample_sha256 = sample_digest(train, sample)
+    files, notes = _write_checkpoints(session, quantized, found)
     distributed.barrier()
     judged = _judge(session, model, quantized, val, files, notes)
     return Outcome(
@@ -117,7 +108,6 @@ def _calibrate(
         quantized=quantized,
         calibration=found,
         sample=sample,
-        sample_sha256=sample_sha256,
         train=train,
         val=val,
         files=files,
@@ -128,11 +118,11 @@ def _calibrate(
 
 
 def _write_checkpoints(
-    session: Session, quantized: nn.Module, found: Calibration, sample_sha256: str
+    session: Session, quantized: nn.Module, found: Calibration
 ) -> tuple[dict[str, Path], list[str]]:
     """Write the calibrated checkpoint and each mode's INT8 one on rank 0; name them on all."""
     spec: QuantSpec = quantized.quant_spec  # type: ignore[assignment]
-    transform = session.transform(quantized.arch).to_dict()  # type: ignore[arg-type]
+    transform = session.transform(quantized)
     files = {"calibrated": session.calibrated_path()}
     notes: list[str] = []
     problem = spec.exportable_problem()
@@ -145,18 +135,12 @@ def _write_checkpoints(
         write_calibrated(
             files["calibrated"],
             quantized,
-            calibration=api.describe_calibration(found, sample_sha256),
+            calibration=api.describe_calibration(found),
             classes=getattr(quantized, "classes", None),
-            transform=transform,
+            transform=transform.to_dict(),
         )
         for mode in session.modes if problem is None else ():
-            api.export(
-                quantized,
-                session.int8_path(mode),
-                int8_mode=mode,
-                transform=transform,
-                sample_sha256=sample_sha256,
-            )
+            api.export(quantized, session.int8_path(mode), int8_mode=mode, transform=transform)
         for label, path in files.items():
             console.say(f"  {label}: {path} ({path.stat().st_size / 2**20:.2f} MiB)")
     return files, notes

@@ -19,8 +19,8 @@ def run(config: Config) -> int:
     """Evaluate what --resume names on the validation images; print and save the scores."""
     session = Session.open(config)
     model = load_model(session)
-    dataset = session.dataset("val", model.arch)
-    console.say(f"images: {dataset.description}, {session.transform(model.arch)}")
+    dataset = session.dataset("val", model)
+    console.say(f"images: {dataset.description}, {session.transform(model)}")
     rows: list[dict[str, Any]] = []
     for name, form in forms(model, session).items():
         scores = session.predictions(form(), dataset, name).scores()

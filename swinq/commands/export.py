@@ -23,7 +23,7 @@ def run(config: Config) -> int:
                 model,
                 session.int8_path(mode),
                 int8_mode=mode,
-                transform=session.transform(model.arch).to_dict(),
+                transform=session.transform(model),
             )
             console.say(f"exported: {path} ({path.stat().st_size / 2**20:.1f} MiB)", "good")
     return 0

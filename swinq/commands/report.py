@@ -78,7 +78,8 @@ def write(session: Session, outcome: Outcome) -> Path:
     paths = write_report(report, session.folder)
     if config.REPORT.TENSORBOARD:
         write_tensorboard(report, session.folder / "tensorboard")
-    _print_summary(session, report, paths, time.monotonic() - started)
+    _print_summary(report, paths, time.monotonic() - started)
+    console.say(f"next: {_next_command(session, outcome, paths)}")
     return paths["html"]
 
 
@@ -106,7 +107,7 @@ def _files(session: Session, outcome: Outcome) -> list[InputFile]:
 
 
 def _data(session: Session, outcome: Outcome) -> list[DataSummary]:
-    transform = str(session.transform(outcome.float_model.arch))  # type: ignore[arg-type]
+    transform = str(session.transform(outcome.float_model))
     evaluated = outcome.judged[0].scores.images if outcome.judged else 0
     return [
         DataSummary(
@@ -115,7 +116,7 @@ def _data(session: Session, outcome: Outcome) -> list[DataSummary]:
             len(outcome.sample),
             len(outcome.train.classes),
             transform,
-            outcome.sample_sha256,
+            outcome.calibration.sample_sha256,
         ),
         DataSummary(
             "evaluation",
@@ -201,9 +202,9 @@ def _latency(session: Session, outcome: Outcome) -> list[LatencyRow]:
             models[name] = Int8Swin.load(outcome.files[name], device=session.device)
             modes[name] = mode
     batch = session.config.REPORT.LATENCY_BATCH
-    size = outcome.float_model.arch.img_size  # type: ignore[union-attr]
+    size: int = outcome.float_model.arch.img_size  # type: ignore[union-attr,assignment]
     timed = measure_together(
-        models, batch, size, session.device, LATENCY_WARMUP, LATENCY_REPEATS  # type: ignore[arg-type]
+        models, batch, size, session.device, warmup=LATENCY_WARMUP, repeats=LATENCY_REPEATS
     )
     return [
         latency_row(
@@ -218,9 +219,7 @@ def _latency(session: Session, outcome: Outcome) -> list[LatencyRow]:
     ]
 
 
-def _print_summary(
-    session: Session, report: Report, paths: dict[str, Path], seconds: float
-) -> None:
+def _print_summary(report: Report, paths: dict[str, Path], seconds: float) -> None:
     console.say(f"report written in {seconds:.1f} s")
     milliseconds = {row.name: row.median_ms for row in report.latency}
     rows = []
@@ -243,10 +242,9 @@ def _print_summary(
     console.say("")
     console.say(headline(report), "bold")
     console.say(f"report: {paths['html']}", "good")
-    console.say(f"next: {_next_command(session, paths)}")
 
 
-def _next_command(session: Session, paths: dict[str, Path]) -> str:
+def _next_command(session: Session, outcome: Outcome, paths: dict[str, Path]) -> str:
     """What a user most likely does now."""
     if session.config.DEMO:
         return (
@@ -260,5 +258,9 @@ def _next_command(session: Session, paths: dict[str, Path]) -> str:
             f"torchrun swinq/main.py --calib --resume {source} --data-path {data} "
             f"--recipe {paths['recipe']} --tag excluded"
         )
-    mode = session.modes[0]
-    return f"torchrun swinq/main.py --eval --resume {session.int8_path(mode)} --data-path {data}"
+    exported = outcome.files.get(f"INT8 mode {session.modes[0]}")
+    if exported is None:  # the recipe exists as fake quantization only
+        source = weights_of(session.config)
+        return f"torchrun swinq/main.py --calib --resume {source} --data-path {data} --recipe int8"
+    data = data if outcome.val.labelled else "LABELLED_IMAGES"
+    return f"torchrun swinq/main.py --eval --resume {exported} --data-path {data}"

@@ -80,24 +80,27 @@ class Session:
         """Where the calibrated checkpoint goes."""
         return self.checkpoints / f"{self.name}_calib.safetensors"
 
-    def transform(self, arch: Architecture) -> EvalTransform:
-        """The evaluation transform that the configuration means for a model."""
+    def transform(self, model: Any) -> EvalTransform:
+        """The evaluation transform: what the configuration states, or the model's file records."""
         config = self.config
-        crop = config.TEST.CROP
-        if "TEST.CROP" not in config.origins and arch.img_size >= SQUASHED_FROM:
-            crop = False
-        return eval_transform(config.EVAL.TRANSFORM, arch.img_size, crop)
+        stated = {"EVAL.TRANSFORM", "TEST.CROP"} & config.origins.keys()
+        recorded = None if stated else api.transform_of(model)
+        if recorded is not None:
+            return recorded
+        size = model.arch.img_size
+        crop = config.TEST.CROP and ("TEST.CROP" in stated or size < SQUASHED_FROM)
+        return eval_transform(config.EVAL.TRANSFORM, size, crop)
 
-    def dataset(self, split: str, arch: Architecture) -> ImageDataset:
+    def dataset(self, split: str, model: Any) -> ImageDataset:
         """Open the images of a split for a model."""
         data = self.config.DATA
         return open_dataset(
             data.DATA_PATH,
             split,
-            self.transform(arch),
+            self.transform(model),
             zip_mode=data.ZIP_MODE,
             cache_mode=data.CACHE_MODE,
-            num_classes=arch.num_classes,
+            num_classes=model.arch.num_classes,
         )
 
     def evaluation_indices(self, dataset: ImageDataset) -> list[int] | None:
@@ -129,11 +132,14 @@ def weights_of(config: Config) -> Path | None:
     return CHECKPOINT if config.DEMO else None
 
 
-def load_model(session: Session) -> Any:
+def load_model(session: Session, *, ranges: bool = True) -> Any:
     """Load what the configuration names and check it against everything that was claimed.
 
+    Args:
+        ranges: False takes the float model of a calibrated checkpoint.
+
     Raises:
-        ConfigError: no checkpoint is named, or --version is not the model's.
+        ConfigError: no checkpoint is named, or the model is not what the configuration states.
         CheckpointError: see `swinq.api.load`.
     """
     config = session.config
@@ -143,7 +149,11 @@ def load_model(session: Session) -> Any:
     wanted = preflight.architecture(config) if "MODEL.TYPE" in config.origins else None
     started = time.monotonic()
     model = api.load(
-        path, architecture=wanted, resize=bool(config.MODEL.PRETRAINED), device=session.device
+        path,
+        architecture=wanted,
+        resize=bool(config.MODEL.PRETRAINED),
+        ranges=ranges,
+        device=session.device,
     )
     claimed = config.MODEL.VERSION
     if claimed and claimed != model.arch.version:
@@ -152,9 +162,30 @@ def load_model(session: Session) -> Any:
             f"{model.arch.version}",
             f"use --version {model.arch.version}, or leave it out",
         )
+    if wanted is None:
+        _require_stated_sizes(config, model.arch, path)
     took = time.monotonic() - started
     console.say(f"model: {describe(model)} from {path} ({took:.1f} s)")
+    for note in getattr(model, "notes", []):
+        console.say(f"note: {note}", "warning")
     return model
+
+
+def _require_stated_sizes(config: Config, arch: Architecture, path: Path) -> None:
+    """Refuse a size that was stated without a model (--opts) and is not the checkpoint's."""
+    section = "MODEL.SWIN" if arch.version == 1 else "MODEL.SWINV2"
+    keys = {f"{section}.{field.upper()}": field for field in arch.to_dict()}
+    keys |= {"DATA.IMG_SIZE": "img_size", "MODEL.NUM_CLASSES": "num_classes"}
+    values = dict(configuration.leaves(config))
+    for key, field in keys.items():
+        held = getattr(arch, field)
+        held = list(held) if isinstance(held, tuple) else held
+        if key in config.origins and values[key] != held:
+            raise ConfigError(
+                f"{key} is {values[key]} ({config.origins[key]}), but {path} holds a model with "
+                f"{field} {held}",
+                "leave it out, or fit the weights to a model: --cfg NAME --pretrained FILE",
+            )
 
 
 def describe(model: Any) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
-from torch import nn
+from torch import Tensor, nn
 
 from swinq import __version__
 from swinq.errors import CheckpointError
@@ -23,6 +23,7 @@ from swinq.export.reader import require_digests
 from swinq.models.checkpoint import LoadedCheckpoint
 from swinq.quant.insert import named_quantizers, quantize_model, quantized_layers, used_quantizers
 from swinq.quant.linear import QuantLinear
+from swinq.quant.quantizer import TensorQuantizer
 from swinq.quant.spec import QuantSpec
 
 FORMAT = "swinq-calibrated"
@@ -92,16 +93,16 @@ def restore_ranges(model: nn.Module, loaded: LoadedCheckpoint, spec: QuantSpec) 
     """Quantize a float model that holds the checkpoint's weights, and set its ranges, in place.
 
     Raises:
-        CheckpointError: a quantizer that the recipe uses has no range in the file, or the file
-            was changed after it was written.
+        CheckpointError: a quantizer that the recipe uses has no range in the file, or one of
+            another shape.
     """
-    _require_unchanged(loaded)
     quantize_model(model, spec)
-    quantizers = named_quantizers(model)
-    for name, amax in loaded.amax.items():
-        quantizer = quantizers.get(name.removesuffix("._amax"))
-        if quantizer is not None:
-            quantizer.load_calib_amax(amax)
+    for name, quantizer in named_quantizers(model).items():
+        amax = loaded.amax.get(f"{name}._amax")
+        if amax is None or bool(amax.isnan().any()):  # NaN: was never calibrated
+            continue
+        _require_shape(loaded, model, name, quantizer, amax)
+        quantizer.load_calib_amax(amax)
     for name, layer in quantized_layers(model).items():
         correction = loaded.corrections.get(f"{name}.bias_correction")
         if correction is not None and isinstance(layer, QuantLinear):
@@ -117,8 +118,29 @@ def restore_ranges(model: nn.Module, loaded: LoadedCheckpoint, spec: QuantSpec) 
     return model
 
 
-def _require_unchanged(loaded: LoadedCheckpoint) -> None:
-    """Compare the digests that our own files carry; other libraries' files have none."""
+def _require_shape(
+    loaded: LoadedCheckpoint, model: nn.Module, name: str, quantizer: TensorQuantizer, amax: Tensor
+) -> None:
+    """One range for the tensor, or one for each channel that the recipe keeps apart."""
+    owner, _, kind = name.rpartition(".")
+    shapes = {(), tuple(quantizer.amax.shape)}
+    if kind == "input_quantizer":  # a vector is always understood there
+        shapes.add((int(model.get_submodule(owner).in_features),))  # type: ignore[arg-type]
+    if tuple(amax.shape) not in shapes:
+        wanted = " or ".join(str(list(shape)) for shape in sorted(shapes))
+        raise CheckpointError(
+            f"{loaded.source}: {name}._amax has shape {list(amax.shape)}, the recipe wants "
+            f"{wanted}",
+            "calibrate it with this recipe: torchrun swinq/main.py --calib --resume FILE",
+        )
+
+
+def require_unchanged(loaded: LoadedCheckpoint) -> None:
+    """Compare the digests that our own files carry; other libraries' files have none.
+
+    Raises:
+        CheckpointError: a tensor or the metadata are not those that were written.
+    """
     if loaded.metadata.get("format") == FORMAT:
         wanted = decode(loaded.metadata.get("digests", "{}"))
         tensors = {**loaded.state, **loaded.amax, **loaded.corrections}
