@@ -19,6 +19,9 @@ from swinq.quant.affine import WEIGHT_RANGE, quantize, scale_and_inverse
 # A vector costs a multiply per channel, so it must earn at least this much of the error.
 WORTHWHILE = 0.95
 
+# Rows that the candidates are compared on; rows come in an order that says nothing of their origin.
+SEARCHED_ROWS = 512
+
 # Channels smaller than this share of the largest are treated alike: one sample says little of them.
 SMALLEST_SHARE = 2.0**-12
 
@@ -95,25 +98,26 @@ def choose_input_range(
     other.
 
     Args:
-        rows: (rows, in) fp32 inputs; weight: (out, in) fp32; amax: () fp32.
+        rows: (rows, in) fp32 inputs in random order; weight: (out, in) fp32; amax: () fp32.
         channel_maxima: (in,) fp32, largest magnitudes; exponents: of the vectors to try.
         per_row_weight: one weight scale per output channel, or one for all.
     """
     candidates = candidate_vectors(amax, channel_maxima, weight, exponents)
     wanted = rows @ weight.T  # (rows, out)
-    signal = _power(wanted)
+
+    def error_of(candidate: Tensor, first: int) -> Tensor:
+        return quantized_output(rows[:first], weight, candidate, per_row_weight) - wanted[:first]
+
+    signal = _power(wanted[:SEARCHED_ROWS])
     signal = signal.clamp(min=float(signal.max()) * 1e-12 + 1e-300)
-    scores, means = [], []
-    for candidate in candidates:
-        error = quantized_output(rows, weight, candidate, per_row_weight).sub_(wanted)
-        scores.append((_power(error) / signal).mean())
-        means.append(error.mean(0, dtype=torch.float64))
+    scores = [(_power(error_of(c, SEARCHED_ROWS)) / signal).mean() for c in candidates]
     # ranks on unlike machines may differ in the last bit: one of them decides
     errors = broadcast_(torch.stack(scores).cpu()).tolist()
     best = min(range(len(errors)), key=errors.__getitem__)
     if errors[best] >= WORTHWHILE * errors[0]:
         best = 0
-    return InputChoice(candidates[best], errors[best] / errors[0] if best else 1.0, means[best])
+    mean_error = error_of(candidates[best], len(rows)).mean(0, dtype=torch.float64)
+    return InputChoice(candidates[best], errors[best] / errors[0] if best else 1.0, mean_error)
 
 
 def _power(x: Tensor) -> Tensor:
