@@ -42,7 +42,7 @@ class Block:
         tokens = self.windows.tokens
         hidden = len(tensors[f"{self.name}.mlp.fc1.bias"])
         widest = max(tokens * hidden, tokens * 3 * stage.dim, stage.heads * tokens**2)
-        self._cut = cut(self.windows.count, widest)
+        self._cut = cut(self.windows.count, widest, tensors[f"{self.name}.norm1.weight"].device)
 
     def __call__(self, x: Tensor, tap: Tap | None = None) -> Tensor:
         """(B, H*W, C) fp16 -> the same, a new tensor."""
@@ -89,7 +89,8 @@ class Merge:
         self.reduction = linear(tensors, precision, f"{self.name}.reduction")
         self.resolution = stage.resolution
         self._width = 2 * stage.dim  # of the output
-        self._cut = cut((stage.resolution // 2) ** 2, 4 * stage.dim)
+        device = tensors[f"{self.name}.norm.weight"].device
+        self._cut = cut((stage.resolution // 2) ** 2, 4 * stage.dim, device)
 
     def __call__(self, x: Tensor, tap: Tap | None = None) -> Tensor:
         """(B, H*W, C) fp16 -> (B, H*W/4, 2C) fp16."""

@@ -6,6 +6,7 @@ import torch
 from swinq.int8.windows import Cut, Windows, cut, relative_index, shift_mask
 from swinq.models import layers
 
+CPU = torch.device("cpu")
 MAPS = [(8, 4, 0), (8, 4, 2), (14, 7, 3), (12, 3, 1), (7, 7, 0), (24, 24, 0), (16, 8, 4)]
 
 
@@ -68,12 +69,12 @@ def test_bias_of_any_run_of_windows(resolution: int, window: int, shift: int) ->
 
 
 def test_unit_of_work_does_not_depend_on_the_batch_and_divides_the_image() -> None:
-    assert cut(64, 1 << 14) == Cut(unit=8, step=8)
-    assert cut(49, 1 << 15) == Cut(unit=1, step=1)
-    assert cut(4, 1 << 10) == Cut(unit=4, step=128)
-    assert cut(1, 1 << 30) == Cut(unit=1, step=1)
+    assert cut(64, 1 << 14, CPU) == Cut(unit=8, step=8)
+    assert cut(49, 1 << 15, CPU) == Cut(unit=1, step=1)
+    assert cut(4, 1 << 10, CPU) == Cut(unit=4, step=128)
+    assert cut(1, 1 << 30, CPU) == Cut(unit=1, step=1)
     for parts in (1, 9, 16, 49, 64, 3136):
         for elements in (1, 1000, 10**5, 10**7):
-            found = cut(parts, elements)
+            found = cut(parts, elements, CPU)
             assert parts % found.unit == 0
             assert found.step == found.unit or (found.unit == parts and found.step % parts == 0)
