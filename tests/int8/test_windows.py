@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from swinq.int8.windows import Cut, Windows, cut, relative_index, shift_mask
+from swinq.int8.windows import PIECE_ELEMENTS, Cut, Windows, cut, relative_index, shift_mask
 from swinq.models import layers
 
 CPU = torch.device("cpu")
@@ -68,7 +68,10 @@ def test_bias_of_any_run_of_windows(resolution: int, window: int, shift: int) ->
         assert torch.equal(found, expected)
 
 
-def test_unit_of_work_does_not_depend_on_the_batch_and_divides_the_image() -> None:
+def test_unit_of_work_does_not_depend_on_the_batch_and_divides_the_image(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(PIECE_ELEMENTS, "cpu", 1 << 17)
     assert cut(64, 1 << 14, CPU) == Cut(unit=8, step=8)
     assert cut(49, 1 << 15, CPU) == Cut(unit=1, step=1)
     assert cut(4, 1 << 10, CPU) == Cut(unit=4, step=128)
