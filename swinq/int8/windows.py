@@ -11,7 +11,7 @@ MASKED = -100.0  # added between tokens that only the shift made neighbours; nev
 
 # Elements of the widest tensor that are worked on at a time. On a CPU what one piece touches should
 # stay near the cores, yet give each thread enough to do: with 2**17 two threads take 1.4 times as
-# long (Swin-T, batch 8, Xeon with 2 MB of cache a core), one thread the same. A GPU is to be filled.
+# long (Swin-T, batch 8, Xeon with 2 MB of L2 a core), one thread the same. A GPU is to be filled.
 PIECE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
