@@ -30,11 +30,6 @@ class IntegerMatrix:
         self._codes = codes.contiguous()
         self._floats: Tensor | None = None  # (in, out) fp32, only where _int_mm cannot be used
 
-    @property
-    def codes(self) -> Tensor:
-        """The codes, (out, in) int8."""
-        return self._codes
-
     def product(self, a: Tensor) -> Tensor:
         """a (M, in) int8 -> a @ codes.T, (M, out) int32, exact."""
         if a.device.type == "cpu" and int_mm_is_usable():

@@ -1,9 +1,16 @@
 """The list of names, dtypes and shapes agrees with the model, the modes and the precisions."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from swinq.export.format import (
+    FORMAT,
+    FORMAT_VERSION,
+    JSON_KEYS,
+    METADATA_DIGEST,
+    PLAIN_KEYS,
     TensorSpec,
     decode,
     default_precision,
@@ -124,3 +131,16 @@ def test_json_is_canonical_and_holds_no_nan() -> None:
         decode('{"percentile": NaN}')
     with pytest.raises(ValueError, match="deep"):
         decode("[" * 100_000)
+
+
+def test_page_about_the_format_names_every_key_and_every_kind_of_tensor(repo_root: Path) -> None:
+    page = (repo_root / "docs" / "checkpoint-format.md").read_text()
+    for key in (*JSON_KEYS, *PLAIN_KEYS, METADATA_DIGEST, FORMAT):
+        assert f"`{key}`" in page, key
+    assert f"Format version: **{FORMAT_VERSION}**" in page
+    for field in made_architecture().to_dict():
+        assert f"`{field}`" in page, field
+    arch = made_architecture(2)
+    for name in expected_tensors(arch, default_precision(arch, 1), 1):
+        leaf = name.rpartition(".")[2]
+        assert f".{leaf}`" in page or f"`{leaf}`" in page, name

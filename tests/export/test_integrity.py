@@ -201,6 +201,27 @@ def test_leftover_of_a_dead_process_is_cleared_and_that_of_a_living_one_kept(
     assert [path.exists() for path in (dead, alive, other)] == [False, True, True]
 
 
+def test_leftover_of_a_process_that_may_not_be_asked_is_kept(
+    old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Path] = []
+    write_atomically(old_file, lambda path: (seen.append(path), write_new(path))[1])
+    seen[0].touch()
+    monkeypatch.setattr(os, "kill", failing(PermissionError(1, "not yours"), os.kill))
+    write_atomically(old_file, write_new)
+    assert seen[0].exists()
+
+
+def test_failure_to_clean_up_does_not_hide_the_first(
+    old_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "replace", failing(OSError(errno.EIO, "I/O error"), os.replace))
+    monkeypatch.setattr(Path, "unlink", failing(OSError(errno.EACCES, "denied"), Path.unlink))
+    with pytest.raises(ExportError, match="I/O error"):
+        write_atomically(old_file, write_new)
+    assert old_file.read_bytes() == OLD
+
+
 def test_killed_writer_leaves_a_whole_file(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     program = (

@@ -16,7 +16,7 @@ from torch import Tensor
 from swinq.errors import CheckpointError
 from swinq.export.format import encode
 from swinq.export.integrity import digests
-from swinq.export.reader import read_checkpoint
+from swinq.export.reader import is_int8_checkpoint, read_checkpoint
 from tests.int8.made_checkpoint import TRANSFORM, made_architecture, made_checkpoint, write_made
 
 ARCH = made_architecture()
@@ -337,3 +337,11 @@ def test_digest_of_nothing_is_noticed(good: Path, tmp_path: Path) -> None:
     path = tmp_path / "edited"
     path.write_bytes(save(tensors, metadata | {"digests": encode(table)}))
     assert "ghost" in refused(path).problem
+
+
+def test_a_file_tells_whether_it_is_an_int8_checkpoint(good: Path, tmp_path: Path) -> None:
+    assert is_int8_checkpoint(good)
+    assert not is_int8_checkpoint(tmp_path / "nowhere")
+    assert not is_int8_checkpoint(changed(good, tmp_path, without_metadata))
+    (tmp_path / "file").write_bytes(b"PK" + bytes(100))
+    assert not is_int8_checkpoint(tmp_path / "file")

@@ -216,6 +216,16 @@ def test_model_without_quantizers_is_refused(tmp_path: Path) -> None:
     assert "holds no quantizers" in refused(tmp_path / "model", build_model(ARCH)).problem
 
 
+def test_model_that_is_quantized_in_parts_is_refused(tmp_path: Path) -> None:
+    model = calibrated_model(ARCH)
+    linear = nn.Linear(32, 64)
+    model.get_submodule("layers.0.blocks.0.mlp").fc1 = linear
+    problem = refused(tmp_path / "model", model).problem
+    assert "layers without quantizers: layers.0.blocks.0.mlp.fc1" in problem
+    del model.quant_spec
+    assert "which recipe" in refused(tmp_path / "model", model).problem
+
+
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [

@@ -36,9 +36,11 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 @pytest.mark.parametrize(("m", "k", "n"), SIZES)
 def test_product_is_that_of_the_integers(path: str, m: int, k: int, n: int) -> None:
     a, w = codes(m, k), codes(n, k, low=-127)
-    found = IntegerMatrix(w.to(torch.int8)).product(a.to(torch.int8))
-    assert found.dtype == torch.int32
-    assert torch.equal(found.long(), a @ w.t())
+    matrix = IntegerMatrix(w.to(torch.int8))
+    for rows in (a, a.flip(0)):
+        found = matrix.product(rows.to(torch.int8))
+        assert found.dtype == torch.int32
+        assert torch.equal(found.long(), rows @ w.t())
 
 
 @pytest.mark.parametrize("a", [-128, 127])
