@@ -25,6 +25,8 @@ METHODS = ("max", "percentile", "mse", "entropy")
 LEVELS = 128  # magnitudes of a signed 8-bit code
 LINEAR_BINS = 2048
 START_BIN = 128  # pytorch-quantization's first candidate
+EQUAL = 1e-12  # divergences that differ by less, in nats, differ by rounding only
+MOST = 90.0  # percentile of the values apart from zeros that entropy never goes below
 NARROWER = 8  # when entropy wants less than the first candidate, the range shrinks by this
 BINS_PER_OCTAVE = 256
 MSE_OCTAVES = 12  # how far below the maximum a best amax is looked for
@@ -90,8 +92,12 @@ def mse_search(counts: Tensor, edges: Tensor, start_bin: int = START_BIN) -> Ten
 
 
 def entropy_search(
-    counts: Tensor, edges: Tensor, beyond: Tensor | None = None, start_bin: int = START_BIN
-) -> tuple[Tensor, Tensor]:
+    counts: Tensor,
+    edges: Tensor,
+    beyond: Tensor | None = None,
+    keep_first: Tensor | None = None,
+    start_bin: int = START_BIN,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The edge of linear bins with the least divergence; the last one among equals.
 
     For each candidate of i bins, P is the first i counts with everything above added to the last,
@@ -100,16 +106,19 @@ def entropy_search(
     Args:
         counts: (Q, bins); edges: (bins + 1,) or (Q, bins + 1), evenly spaced from 0.
         beyond: (Q,) counts above the last edge.
+        keep_first: (Q,) bool, rows whose first bin is to count as it is. Elsewhere it holds zeros,
+            of which there may be very many, and takes the count of the second.
 
     Returns:
-        amax (Q,) fp64, and the chosen number of bins (Q,) int64.
+        amax (Q,) fp64, the chosen number of bins (Q,) int64 and its divergence (Q,) fp64, which is
+        infinite where every candidate ends in an empty bin.
     """
     counts = counts.double().clone()
-    counts[:, 0] = counts[:, 1]  # zeros, of which there may be very many, say nothing of the range
     quantizers, bins = counts.shape
     device = counts.device
-    tail_beyond = torch.zeros(quantizers, device=device) if beyond is None else beyond
-    total = counts.sum(1) + tail_beyond.double()
+    second = torch.full((quantizers,), True, device=device) if keep_first is None else ~keep_first
+    counts[:, 0] = counts[:, :2].gather(1, second.long()[:, None]).squeeze(1)
+    total = counts.sum(1) if beyond is None else counts.sum(1) + beyond.double()
 
     def prefix(x: Tensor) -> Tensor:
         return torch.cat([x.new_zeros(quantizers, 1), x.cumsum(1)], 1)  # (Q, bins + 1)
@@ -134,11 +143,13 @@ def entropy_search(
         divergence = p_log_p - p_log_q + total[:, None] * (kept.log() - total[:, None].log())
         divergences.append(divergence / total[:, None])
     divergence = torch.cat(divergences, 1)
-    divergence = torch.nan_to_num(divergence, nan=torch.inf)
-    best = divergence.shape[1] - 1 - divergence.flip(1).argmin(1)
+    divergence = torch.nan_to_num(divergence, nan=torch.inf, posinf=torch.inf)
+    least = divergence.amin(1)
+    candidates = divergence.shape[1]
+    best = candidates - 1 - (divergence <= least[:, None] + EQUAL).flip(1).int().argmax(1)
     chosen = best + start_bin
     edges = edges.double().expand(quantizers, -1)
-    return edges.gather(1, chosen[:, None]).squeeze(1), chosen
+    return edges.gather(1, chosen[:, None]).squeeze(1), chosen, least
 
 
 def linear_histogram(
@@ -208,7 +219,7 @@ def _percentile(counts: Tensor, percentile: float) -> Tensor:
     found = percentile_search(counts, edges, percentile)
     zero = found <= edges[1]
     if bool(zero.any()):
-        found[zero] = percentile_search(F.pad(counts[zero, 1:], (1, 0)), edges, percentile)
+        found[zero] = percentile_search(_without_zeros(counts[zero]), edges, percentile)
     return found
 
 
@@ -224,17 +235,34 @@ def _mse(counts: Tensor, peak: Tensor) -> Tensor:
 
 
 def _entropy(counts: Tensor, peak: Tensor) -> Tensor:
-    """Linear bins up to the peak; where the answer is below them all, up to an eighth of it."""
-    found = torch.empty_like(peak)
+    """Linear bins up to the peak; where they are too coarse to tell, up to an eighth of it.
+
+    They are where the answer is the first candidate, and where more than half of all values, zeros
+    apart, share the first bin: an outlier as the peak leaves nothing but itself to compare. Then
+    the first bin counts in full, and the narrower range must have the lesser divergence.
+
+    Clipping all values to a single bin loses nothing by this measure, so ``MOST`` are kept.
+    """
+    found = peak.clone()
     upper = peak.clone()
-    open_rows = torch.arange(len(peak), device=peak.device)
-    while len(open_rows):
-        linear, edges, beyond = linear_histogram(
-            counts[open_rows], upper[open_rows], peak[open_rows]
-        )
-        amax, chosen = entropy_search(linear, edges, beyond)
-        found[open_rows] = amax
-        lowest = (chosen == START_BIN) & (upper[open_rows] > peak[open_rows] * 2.0**-30)
-        open_rows = open_rows[lowest]
-        upper[open_rows] /= NARROWER
-    return found
+    to_beat = torch.full_like(peak, torch.inf)
+    zeros, total = counts[:, 0], counts.sum(1)
+    row = torch.arange(len(peak), device=peak.device)
+    while len(row):
+        linear, edges, beyond = linear_histogram(counts[row], upper[row], peak[row])
+        linear[:, 0] -= zeros[row]
+        crowded = linear[:, 0] > (total - zeros)[row] / 2
+        amax, chosen, divergence = entropy_search(linear, edges, beyond, keep_first=crowded)
+        first = chosen == START_BIN
+        better = divergence < to_beat[row] - EQUAL
+        found[row[better]] = amax[better]
+        to_beat[row[better]] = torch.where(first, torch.inf, divergence)[better]
+        coarse = first | crowded | divergence.isinf()
+        row = row[coarse & (upper[row] > peak[row] * 2.0**-30)]
+        upper[row] /= NARROWER
+    kept = percentile_search(_without_zeros(counts), bin_edges(peak.device), MOST)
+    return torch.maximum(found, kept)
+
+
+def _without_zeros(counts: Tensor) -> Tensor:
+    return F.pad(counts[:, 1:], (1, 0))
