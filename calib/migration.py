@@ -22,6 +22,9 @@ WORTHWHILE = 0.95
 # Rows that the candidates are compared on; rows come in an order that says nothing of their origin.
 SEARCHED_ROWS = 512
 
+# A single channel's maximum is less well known than a tensor's.
+HEADROOM = 1.1
+
 # Channels smaller than this share of the largest are treated alike: one sample says little of them.
 SMALLEST_SHARE = 2.0**-12
 
@@ -44,7 +47,7 @@ def candidate_vectors(
     clip = float(amax / peak)
     for a in exponents:
         r = x**a / columns ** (1 - a)
-        covering = r * (x / r).max()
+        covering = r * (x / r).max() * HEADROOM
         candidates.append(covering)
         if clip < 0.98:
             candidates.append(covering * clip)

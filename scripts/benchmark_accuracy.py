@@ -8,7 +8,8 @@ one in both modes and under both recipes, and of the exported integer model in b
 paired against float; and how often the integer model agrees with the fake-quantized one, beside
 how often that one agrees with itself when its residual stream is rounded to fp16 (the noise floor:
 fake-quantized networks are chaotic at the level of single codes). Results of several calls are
-merged into one file, by checkpoint.
+merged into one file, by checkpoint. With --ablation it measures instead what each part of the
+recipe and each search method is worth, in mode 1.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,11 +40,31 @@ from swinq.evaluate import Predictions, compare
 from swinq.int8.model import Int8Swin
 from swinq.latency import device_name
 from swinq.quant.insert import set_int8_mode
+from swinq.quant.spec import QuantSpec
 from swinq.quant.stream import half_stream
 
 BATCH = 128
 RECIPES = ("int8", "fastertransformer")
 MODES = (1, 2)
+
+
+_PLAIN = QuantSpec()  # per-channel weights and outputs, one input scale, no correction
+_VECTORS = api.recipe_spec("int8").migration
+ABLATION: dict[str, tuple[QuantSpec, str]] = {
+    "plain": (_PLAIN, "percentile"),
+    "plain, one output scale": (
+        replace(_PLAIN, output_granularity="per_tensor", output_headroom=1.0),
+        "percentile",
+    ),
+    "plain, headroom 1.0": (replace(_PLAIN, output_headroom=1.0), "percentile"),
+    "plain, headroom 1.25": (replace(_PLAIN, output_headroom=1.25), "percentile"),
+    "plain, max": (_PLAIN, "max"),
+    "plain, mse": (_PLAIN, "mse"),
+    "plain, entropy": (_PLAIN, "entropy"),
+    "bias correction": (replace(_PLAIN, bias_correction=True), "percentile"),
+    "input vectors": (replace(_PLAIN, migration=_VECTORS), "percentile"),
+    "both": (replace(_PLAIN, migration=_VECTORS, bias_correction=True), "percentile"),
+}
 
 
 class Bench:
@@ -87,7 +109,8 @@ class Bench:
         if said is not None:
             row["comparison"] = compare(self.reference, said).to_dict()
         self.rows.append(row)
-        change = f"{row['comparison']['difference_points']:+.2f}" if said is not None else ""
+        c = row.get("comparison")
+        change = f"{c['difference_points']:+.2f}, KL {c['mean_kl']:.1e}" if c else ""
         console.say(f"  {name:32s} {scores.top1_percent:6.2f} {change} {more or ''}")
 
     def run(self) -> None:
@@ -104,6 +127,12 @@ class Bench:
                     with half_stream(quantized):
                         floor = compare(said, self.predict(quantized)).agreement_percent
                     self._integer(quantized, mode, said, floor)
+
+    def ablate(self) -> None:
+        """Measure each variant of the recipe in mode 1."""
+        for name, (spec, method) in ABLATION.items():
+            quantized = api.calibrate(self.model, self.calibration, recipe=spec, method=method)
+            self._add(name, self.predict(set_int8_mode(quantized, 1)))
 
     def _integer(self, quantized: Any, mode: int, said: Predictions, floor: float) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +176,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=0, help="validation images, 0 = all")
     parser.add_argument("--calibration-images", type=int, default=80)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--ablation", action="store_true", help="the parts of the recipe")
     parser.add_argument("--json", type=Path, help="results, merged with what is there")
     return parser.parse_args()
 
@@ -166,7 +196,7 @@ def main() -> int:
         console.say(f"{path.name}")
         try:
             bench = Bench(path, args)
-            bench.run()
+            bench.ablate() if args.ablation else bench.run()
         except SwinqError as error:
             console.complain(str(error))
             return 2
@@ -175,7 +205,8 @@ def main() -> int:
         if args.json:
             args.json.parent.mkdir(parents=True, exist_ok=True)
             args.json.write_text(json.dumps({"results": results}, indent=1) + "\n")
-    print("\n".join(table(results)))
+    if not args.ablation:
+        print("\n".join(table(results)))
     return 0
 
 
