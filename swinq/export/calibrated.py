@@ -20,6 +20,7 @@ from swinq.errors import CheckpointError
 from swinq.export.format import decode, encode
 from swinq.export.integrity import digests, write_atomically
 from swinq.export.reader import require_digests
+from swinq.export.writer import reproducible
 from swinq.models.checkpoint import LoadedCheckpoint
 from swinq.quant.insert import named_quantizers, quantize_model, quantized_layers, used_quantizers
 from swinq.quant.linear import QuantLinear
@@ -67,7 +68,7 @@ def write_calibrated(
         "transform": encode(transform),
     }
     metadata["digests"] = encode(digests(tensors, metadata))
-    data = save(tensors, metadata)
+    data = reproducible(save(tensors, metadata))
     return write_atomically(path, lambda written: _write(written, data), size=len(data))
 
 

@@ -106,7 +106,7 @@ def write_tensors(
                 "pass numbers, texts, lists and dictionaries only, no NaN and no arrays",
             ) from error
     metadata["digests"] = encode(digests(tensors, metadata))
-    data = _reproducible(save({name: t.contiguous() for name, t in tensors.items()}, metadata))
+    data = reproducible(save({name: t.contiguous() for name, t in tensors.items()}, metadata))
 
     def verify(written: Path) -> None:
         try:
@@ -124,7 +124,7 @@ def write_tensors(
     return write_atomically(path, write, size=len(data), verify=verify)
 
 
-def _reproducible(data: bytes) -> bytes:
+def reproducible(data: bytes) -> bytes:
     """The same safetensors file with its header sorted: the library's order changes by run."""
     stop = 8 + int.from_bytes(data[:8], "little")
     header = encode(decode(data[8:stop].decode())).encode()
