@@ -99,7 +99,7 @@ def test_calibrating_leaves_the_float_model_as_it_was(
     before = swinq.load(CHECKPOINT).state_dict()
     assert all(torch.equal(model.state_dict()[name], before[name]) for name in before)
     assert all(q.calibrated for q in named_quantizers(quantized).values())
-    assert quantized.calibration.images == IMAGES  # type: ignore[union-attr]
+    assert quantized.calibration.images == IMAGES
     assert quantized.classes == [str(i) for i in range(10)]
 
 
@@ -169,7 +169,7 @@ def test_export_leaves_the_model_as_it_was(quantized: nn.Module, tmp_path: Path)
     set_int8_mode(mine, 2)
     swinq.export_model(mine, tmp_path / "mode1.safetensors", int8_mode=1)
     fc2 = quantized_layers(mine)["layers.0.blocks.0.mlp.fc2"]
-    assert not fc2.output_quantizer.enabled  # type: ignore[union-attr]
+    assert not fc2.output_quantizer.enabled
     assert all(
         torch.equal(mine.state_dict()[name], tensor)
         for name, tensor in quantized.state_dict().items()
@@ -198,7 +198,7 @@ def test_transform_travels_from_the_float_file_to_the_int8_one(
 
 
 def test_transform_of_another_size_is_not_taken(model: nn.Module) -> None:
-    arch = Architecture.from_dict({**model.arch.to_dict(), "img_size": 64, "window_size": 8})  # type: ignore[union-attr,operator]
+    arch = Architecture.from_dict({**model.arch.to_dict(), "img_size": 64, "window_size": 8})
     larger = swinq.load(CHECKPOINT, architecture=arch, resize=True)
     assert larger.arch == arch
     assert api.transform_of(larger) is None

@@ -98,9 +98,9 @@ def test_float_model_of_a_calibrated_file_is_the_one_it_was_made_from(
     plain = api.load(written(tmp_path / "calib.safetensors", model), ranges=False)
     assert not named_quantizers(plain) and not hasattr(plain, "quant_spec")
     arch = model.arch
-    batch = images(arch, 2)  # type: ignore[arg-type]
+    batch = images(arch, 2)
     with torch.no_grad():
-        assert torch.equal(plain(batch), lively_model(arch)(batch))  # type: ignore[arg-type]
+        assert torch.equal(plain(batch), lively_model(arch)(batch))
 
 
 def test_unwritable_place_is_named(model: nn.Module, tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_range_of_a_layer_in_fp16_may_be_missing(tmp_path: Path) -> None:
         del tensors[f"{name}.input_quantizer._amax"], tensors[f"{name}.weight_quantizer._amax"]
 
     path = rewritten(written(tmp_path / "calib.safetensors", model), forget)
-    assert api.load(path)(images(model.arch, 1)).isfinite().all()  # type: ignore[arg-type]
+    assert api.load(path)(images(model.arch, 1)).isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -245,10 +245,10 @@ def test_faster_transformers_file_runs_under_its_own_recipe(version: int, tmp_pa
     model = calibrated_model(made_architecture(version), spec=spec)
     path = tmp_path / "swin_calib.pth"
     torch.save({"model": named_by_faster_transformer(model)}, path)
-    again = api.load(path, architecture=model.arch)  # type: ignore[arg-type]
+    again = api.load(path, architecture=model.arch)
     assert again.quant_spec == spec
     assert again.calibration.method == "unknown"
-    batch = images(model.arch, 2)  # type: ignore[arg-type]
+    batch = images(model.arch, 2)
     with torch.no_grad():
         assert torch.equal(again(batch), model(batch))
     with pytest.raises(ExportError, match="this recipe cannot be exported"):
