@@ -114,20 +114,26 @@ def _run(action: str, config: Config) -> int:
 
     from swinq import commands
 
-    def work() -> int:
-        device = distributed.select_device(config.DEVICE)
-        distributed.init("nccl" if device.type == "cuda" else "gloo", timeout_s=config.DIST.TIMEOUT)
-        return commands.run(action, config)
+    def work() -> int | SwinqError:
+        try:
+            device = distributed.select_device(config.DEVICE)
+            backend = "nccl" if device.type == "cuda" else "gloo"
+            distributed.init(backend, timeout_s=config.DIST.TIMEOUT)
+            return commands.run(action, config)
+        except SwinqError as error:
+            return error  # of those that pass through it, record keeps a traceback
 
     try:
-        code = record(work)() if "TORCHELASTIC_ERROR_FILE" in os.environ else work()
+        ended = record(work)() if "TORCHELASTIC_ERROR_FILE" in os.environ else work()
     except (torch.OutOfMemoryError, MemoryError) as error:
         raise SwinqError(
             f"out of memory with {config.DATA.BATCH_SIZE} images a step on {config.DEVICE}",
             f"use --batch-size {max(config.DATA.BATCH_SIZE // 2, 1)}",
         ) from error
+    if isinstance(ended, SwinqError):
+        raise ended
     distributed.shutdown()
-    return int(code or 0)
+    return int(ended or 0)
 
 
 def _failed(error: BaseException, code: int, cause: BaseException | None = None) -> int:

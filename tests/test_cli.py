@@ -68,6 +68,7 @@ def test_flags_reach_their_keys_with_their_origin() -> None:
         "--percentile": ("99.5", "CALIB.PERCENTILE", 99.5),
         "--resume": ("model.pth", "MODEL.RESUME", "model.pth"),
         "--seed": ("7", "CALIB.SEED", 7),
+        "--eval-images": ("100", "EVAL.IMAGES", 100),
         "--sensitivity-images": ("0", "REPORT.SENSITIVITY_IMAGES", 0),
         "--tag": ("224", "TAG", "224"),
         "--version": ("1", "MODEL.VERSION", 1),

@@ -1,0 +1,118 @@
+"""torchrun: ranks share the work, and what they write does not tell how many there were."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from swinq.demo.checkpoint import CHECKPOINT
+from swinq.report.schema import from_json
+from tests.commands.command_line import done, tensors_of, write_digits
+from tests.commands.conftest import Demo
+
+ROOT = Path(__file__).parents[2]
+FILES = ("calib", "int8_mode1", "int8_mode2")
+CALIB = ("--calib", "--sensitivity-images", "0", "--opts", "REPORT.TENSORBOARD", "false")
+
+
+def torchrun(ranks: int, *argv: object) -> subprocess.CompletedProcess[str]:
+    """The command that a user types, from another folder than the checkout."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks)
+    words = [sys.executable, *launch, ROOT / "swinq" / "main.py", *argv]
+    return subprocess.run(
+        [str(word) for word in words],
+        cwd=ROOT.parent,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=240,
+    )
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The demo calibrated by one process on 3 batches of 5 digits; sums of floats in one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    output = tmp_path_factory.mktemp("alone")
+    done(*CALIB, "--output", output, "--num-calib-batch", "3", "--calib-batchsz", "5")
+    torch.set_num_threads(threads)
+    yield output / "micro_swin_digits" / "default"
+
+
+def check_same(first: Path, second: Path) -> None:
+    """Two runs left the same tensors and the same scores."""
+    for kind in FILES:
+        name = f"micro_swin_digits_{kind}.safetensors"
+        ours, theirs = tensors_of(first / name), tensors_of(second / name)
+        assert ours.keys() == theirs.keys()
+        assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
+        assert (first / name).read_bytes() == (second / name).read_bytes()  # metadata too
+    reports = [from_json((folder / "report.json").read_text()) for folder in (first, second)]
+    assert reports[0].models == reports[1].models
+    assert reports[0].quantizers == reports[1].quantizers
+    assert reports[0].data == reports[1].data
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_ranks_calibrate_to_the_bits_of_one_process(
+    ranks: int, alone: Path, tmp_path: Path
+) -> None:
+    ran = torchrun(
+        *(ranks, *CALIB, "--output", tmp_path, "--num-calib-batch", "3", "--calib-batchsz", "5"),
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert "15 images of scikit-learn's handwritten digits, train" in ran.stdout
+    assert f"{ranks} rank(s)" in ran.stdout
+    assert ran.stdout.count("report: ") == 1  # rank 0 speaks, alone
+    folder = tmp_path / "micro_swin_digits" / "default"
+    check_same(alone, folder)
+    report = from_json((folder / "report.json").read_text())
+    assert report.run.environment.ranks == ranks
+    assert not list(folder.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("batches", [(1, 15), (15, 1)])
+def test_how_images_are_put_into_batches_changes_no_bit(
+    batches: tuple[int, int], alone: Path, tmp_path: Path, single_thread: None
+) -> None:
+    count, size = batches
+    done(*CALIB, "--output", tmp_path, "--num-calib-batch", count, "--calib-batchsz", size)
+    check_same(alone, tmp_path / "micro_swin_digits" / "default")
+
+
+def test_ranks_that_do_not_divide_the_images_score_like_one_process(
+    demo: Demo, tmp_path: Path
+) -> None:
+    file = demo.checkpoint("int8_mode1")
+    argv = ("--eval", "--resume", file, "--data-path", "digits", "--batch-size", "50")
+    done(*argv, "--workers", "0", "--output", tmp_path / "1")
+    ran = torchrun(3, *argv, "--workers", "0", "--output", tmp_path / "3")
+    assert ran.returncode == 0, ran.stderr
+    saved = [
+        json.loads((tmp_path / ranks / file.stem / "default" / "eval.json").read_text())
+        for ranks in "13"
+    ]
+    assert saved[0] == saved[1]
+    assert saved[0]["results"][0]["images"] == 355
+
+
+def test_damaged_image_of_one_rank_ends_all_of_them_with_its_name(tmp_path: Path) -> None:
+    images = write_digits(tmp_path / "images")
+    bad = sorted((images / "train" / "7").iterdir())[0]
+    bad.write_bytes(b"no image")
+    ran = torchrun(
+        *(2, "--calib", "--resume", CHECKPOINT, "--data-path", images, "--workers", "0"),
+        *("--num-calib-batch", "4", "--calib-batchsz", "5", "--output", tmp_path / "out"),
+    )
+    assert ran.returncode != 0
+    assert f"train/7/{bad.name}: not an image in a known format" in ran.stderr
+    assert "never skipped or replaced silently" in ran.stderr
+    assert "swinq/commands" not in ran.stderr  # no traceback through our code
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
