@@ -64,7 +64,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             ("DATA.CACHE_MODE",),
             DATA_ACTIONS,
         ),
-        Flag("batch-size", "N", "images per step and rank", ("DATA.BATCH_SIZE",)),
+        Flag(
+            "batch-size",
+            "N",
+            "images per step and rank",
+            ("DATA.BATCH_SIZE",),
+            (*DATA_ACTIONS, "throughput"),
+        ),
         Flag(
             "workers", "N", "loader processes; -1 = by cores", ("DATA.NUM_WORKERS",), DATA_ACTIONS
         ),
@@ -78,8 +84,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("calib-batchsz", "N", "images in a batch", ("CALIB.BATCH_SIZE",), ("calib",)),
         Flag("calibrator", "NAME", "max, percentile, mse, entropy", ("CALIB.METHOD",), ("calib",)),
         Flag("percentile", "P", "share of values kept", ("CALIB.PERCENTILE",), ("calib",)),
-        Flag("seed", "N", "which images are drawn", ("CALIB.SEED", "SEED"), ("calib", "train")),
-        Flag("recipe", "FILE", "quantization recipe: a file or a shipped name"),
+        Flag("seed", "N", "which images are drawn", ("CALIB.SEED", "SEED"), DATA_ACTIONS),
+        Flag(
+            "recipe",
+            "FILE",
+            "quantization recipe: a file or a shipped name",
+            actions=("calib", "train"),
+        ),
         Flag(
             "int8-mode",
             "N",
@@ -91,7 +102,13 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "results": (
         Flag("output", "DIR", "results go to DIR/<model>/<tag>", ("OUTPUT",)),
         Flag("tag", "NAME", "name of this run", ("TAG",)),
-        Flag("calib-output-path", "DIR", "checkpoints go here instead", ("CALIB.OUTPUT_PATH",)),
+        Flag(
+            "calib-output-path",
+            "DIR",
+            "checkpoints go here instead",
+            ("CALIB.OUTPUT_PATH",),
+            ("calib", "export"),
+        ),
         Flag("sensitivity-images", "N", "0 = none", ("REPORT.SENSITIVITY_IMAGES",), ("calib",)),
     ),
     "running": (
