@@ -1,12 +1,15 @@
 """The Python API: every command in one call.
 
-import swinq
-model = swinq.load("swin_tiny_patch4_window7_224.pth")        # any layout, float
-quantized = swinq.calibrate(model, images)                      # a fake-quantized copy
-swinq.export_model(quantized, "swin_tiny_int8.safetensors", int8_mode=1)
-int8 = swinq.load("swin_tiny_int8.safetensors")                # runs in integer arithmetic
-logits = swinq.run(int8, images)
-scores = swinq.evaluate_model(int8, "/data/imagenet").scores()
+For example:
+
+    import swinq
+
+    model = swinq.load("swin_tiny_patch4_window7_224.pth")  # any layout, float
+    quantized = swinq.calibrate(model, images)  # a fake-quantized copy
+    swinq.export_model(quantized, "swin_tiny_int8.safetensors", int8_mode=1)
+    int8 = swinq.load("swin_tiny_int8.safetensors")  # runs in integer arithmetic
+    logits = swinq.run(int8, images)
+    scores = swinq.evaluate_model(int8, "/data/imagenet").scores()
 """
 
 from __future__ import annotations

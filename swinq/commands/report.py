@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from swinq.data.dataset import ImageDataset
 from swinq.data.loader import BatchLoader
 from swinq.data.sampling import calibration_indices
 from swinq.int8.model import Int8Swin
-from swinq.latency import device_name, measure_together
+from swinq.latency import device_name, measure_latency, measure_together
 from swinq.quant.insert import (
     named_quantizers,
     quantized_layers,
@@ -47,7 +48,9 @@ from swinq.report.tensorboard import write_tensorboard
 from swinq.report.verdict import headline
 from swinq.report.write import write_report
 
-LATENCY_WARMUP, LATENCY_REPEATS = 2, 7
+LATENCY_WARMUP = 3
+LATENCY_REPEATS = 31  # forwards of each model, fewer where they take long
+LATENCY_SECONDS = 10.0  # that the float model's repeats may take
 
 
 def write(session: Session, outcome: Outcome) -> Path:
@@ -203,9 +206,9 @@ def _latency(session: Session, outcome: Outcome) -> list[LatencyRow]:
             modes[name] = mode
     batch = session.config.REPORT.LATENCY_BATCH
     size: int = outcome.float_model.arch.img_size  # type: ignore[union-attr,assignment]
-    timed = measure_together(
-        models, batch, size, session.device, warmup=LATENCY_WARMUP, repeats=LATENCY_REPEATS
-    )
+    one = measure_latency(outcome.float_model, batch, size, session.device, 1, 1)
+    repeats = max(5, min(LATENCY_REPEATS, int(LATENCY_SECONDS * 1e3 / one.median_ms)))
+    timed = measure_together(models, batch, size, session.device, LATENCY_WARMUP, repeats)
     return [
         latency_row(
             name,
@@ -245,22 +248,28 @@ def _print_summary(report: Report, paths: dict[str, Path], seconds: float) -> No
 
 
 def _next_command(session: Session, outcome: Outcome, paths: dict[str, Path]) -> str:
-    """What a user most likely does now."""
+    """What a user most likely does now; flags of this run that still mean something are kept."""
     if session.config.DEMO:
         return (
             "torchrun swinq/main.py --calib --resume swin_tiny_patch4_window7_224.pth "
             "--data-path /data/imagenet"
         )
-    data = session.config.DATA.DATA_PATH
     if "recipe" in paths:
-        source = weights_of(session.config)
-        return (
-            f"torchrun swinq/main.py --calib --resume {source} --data-path {data} "
-            f"--recipe {paths['recipe']} --tag excluded"
-        )
+        return _command_with({"--recipe": str(paths["recipe"]), "--tag": "excluded"})
     exported = outcome.files.get(f"INT8 mode {session.modes[0]}")
     if exported is None:  # the recipe exists as fake quantization only
-        source = weights_of(session.config)
-        return f"torchrun swinq/main.py --calib --resume {source} --data-path {data} --recipe int8"
-    data = data if outcome.val.labelled else "LABELLED_IMAGES"
-    return f"torchrun swinq/main.py --eval --resume {exported} --data-path {data}"
+        return _command_with({"--recipe": "int8", "--tag": "int8"})
+    data = session.config.DATA.DATA_PATH if outcome.val.labelled else "LABELLED_IMAGES"
+    zipped = " --zip" if session.config.DATA.ZIP_MODE else ""
+    return f"torchrun swinq/main.py --eval --resume {exported} --data-path {data}{zipped}"
+
+
+def _command_with(flags: dict[str, str]) -> str:
+    """This run's command with other values of some flags."""
+    words = _command()
+    for flag, value in flags.items():
+        if flag in words:
+            at = words.index(flag)
+            words[at : at + 2] = []
+        words += [flag, value]
+    return shlex.join(words)

@@ -47,9 +47,11 @@ class Session:
     @classmethod
     def open(cls, config: Config) -> Session:
         """Name the run and, on rank 0, make its folder and save the resolved configuration."""
+        if config.DEMO:
+            torch.set_num_threads(1)  # the micro-Swin is too small to be worth sharing out
         weights = weights_of(config)
         stated = "MODEL.NAME" in config.origins or weights is None
-        name = config.MODEL.NAME if stated else Path(weights or "").stem
+        name = config.MODEL.NAME if stated else Path(weights or "").stem.removesuffix("_calib")
         folder = Path(config.OUTPUT) / name / config.TAG
         session = cls(
             config=config,
