@@ -41,15 +41,14 @@ class MaxObserver:
 
     def __call__(self, x: Tensor) -> None:
         """Collect x (float, any shape with the axis)."""
-        self._collect_magnitude(x.float().abs())
+        others = self._other_dimensions(x)
+        self._join(torch.maximum(x.amax(others), -x.amin(others)))  # x.abs() would be a copy
 
-    def _collect_magnitude(self, magnitude: Tensor) -> None:
-        if self.axis is None:
-            largest = magnitude.amax()
-        else:
-            keep = self.axis % magnitude.ndim
-            largest = magnitude.amax([d for d in range(magnitude.ndim) if d != keep])
-        self.maximum = torch.maximum(self.maximum, largest)
+    def _other_dimensions(self, x: Tensor) -> list[int]:
+        return [d for d in range(x.ndim) if self.axis is None or d != self.axis % x.ndim]
+
+    def _join(self, largest: Tensor) -> None:
+        self.maximum = torch.maximum(self.maximum, largest.float())
 
     @property
     def peak(self) -> Tensor:
@@ -79,11 +78,14 @@ class HistogramObserver(MaxObserver):
 
     def __call__(self, x: Tensor) -> None:
         """Collect x; infinities and NaN show in ``peak``, not in the counts."""
-        magnitude = x.float().abs()
-        self._collect_magnitude(magnitude)
-        index = magnitude.view(torch.int32) >> DROPPED_BITS
-        counts = torch.bincount(index.reshape(-1), minlength=BINS)
-        self.counts += counts[:BINS]
+        magnitude = torch.empty(x.shape, device=x.device)  # contiguous, also where x is not
+        torch.abs(x.float(), out=magnitude)
+        self._join(magnitude.amax(self._other_dimensions(x)))
+        index = magnitude.view(torch.int32).bitwise_right_shift_(
+            DROPPED_BITS
+        )  # in place: a pass less
+        counts = torch.bincount(index.view(-1))[:BINS]
+        self.counts[: len(counts)] += counts
 
     def reduce(self) -> None:
         """Join what all ranks have seen."""
