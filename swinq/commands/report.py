@@ -268,6 +268,7 @@ def _command_with(flags: dict[str, str]) -> str:
     """This run's command with other values of some flags."""
     words = _command()
     for flag, value in flags.items():
+        words = [word for word in words if not word.startswith(f"{flag}=")]
         if flag in words:
             at = words.index(flag)
             words[at : at + 2] = []

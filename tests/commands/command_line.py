@@ -2,8 +2,10 @@
 
 import contextlib
 import io
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 from PIL import Image
 from safetensors import safe_open
@@ -39,8 +41,10 @@ class Ran:
 def swinq(*argv: object) -> Ran:
     """Run a command whose outcome is open."""
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = cli.main([str(word) for word in argv])
+    words = [str(word) for word in argv]
+    typed = mock.patch.object(sys, "argv", ["swinq/main.py", *words])
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), typed:
+        code = cli.main(words)
     return Ran(code, out.getvalue(), err.getvalue())
 
 

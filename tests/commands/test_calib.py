@@ -109,7 +109,8 @@ def test_demo_reports_layers_ranges_and_latency(demo: Demo) -> None:
     calibration, evaluation = report.data
     assert (calibration.images, evaluation.images) == (80, 355)
     assert len(calibration.sha256) == 64
-    assert report.run.command.startswith("torchrun swinq/main.py")
+    command = f"torchrun swinq/main.py --calib --output {demo.folder.parents[1]}"
+    assert report.run.command == f"{command} --sensitivity-images 2"
 
 
 def test_int8_files_describe_their_calibration(demo: Demo) -> None:
@@ -138,10 +139,10 @@ def test_calibrating_again_gives_the_same_tensors(demo: Demo, tmp_path: Path) ->
         *("--workers", "0", "--num-calib-batch", "5", "--calib-batchsz", "16"),
         *("--eval-images", "20", "--sensitivity-images", "0", "--output", tmp_path),
     )
-    folder = folder_of(tmp_path, "micro_swin_digits_calib")
+    folder = folder_of(tmp_path)
     for kind in ("calib", "int8_mode1", "int8_mode2"):
         first = tensors_of(demo.checkpoint(kind))
-        second = tensors_of(folder / f"micro_swin_digits_calib_{kind}.safetensors")
+        second = tensors_of(folder / f"micro_swin_digits_{kind}.safetensors")
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first), kind
 
@@ -188,7 +189,7 @@ def test_fastertransformer_recipe_is_judged_but_not_exported(tmp_path: Path) -> 
     names = {row.name for row in report.quantizers}
     assert "layers.0.blocks.0.attn.a_quantizer" in names
     assert "layers.0.blocks.0.attn.qkv.output_quantizer" in names
-    assert ran.out.splitlines()[-1].endswith("--recipe int8")  # what can be exported
+    assert ran.out.splitlines()[-1].endswith("--recipe int8 --tag int8")  # what can be exported
 
 
 def test_precision_of_each_layer_reaches_the_int8_file(tmp_path: Path) -> None:
@@ -258,25 +259,22 @@ def hidden_by_an_outlier() -> dict[str, Tensor]:
 def test_suggested_recipe_can_be_run_at_once(tmp_path: Path) -> None:
     weights = changed_micro_swin(tmp_path / "outlier.safetensors", hidden_by_an_outlier())
     ran = done(
-        *("--calib", "--resume", weights, "--data-path", "digits", "--workers", "0"),
+        *("--calib", "--resume", weights, "--data-path", "digits", "--workers", "0", "--tag=first"),
         *("--num-calib-batch", "2", "--eval-images", "80", "--batch-size", "40"),
         *("--sensitivity-images", "6", "--output", tmp_path),
     )
-    folder = folder_of(tmp_path, "outlier")
+    folder = folder_of(tmp_path, "outlier", "first")
     report = report_of(folder)
     assert report.sensitivity is not None and report.sensitivity.suggestion is not None
     assert "layers.0.blocks.0.attn" in report.sensitivity.suggestion.layers
     _, script, *words = shlex.split(ran.out.splitlines()[-1].removeprefix("next: "))
     assert script == "swinq/main.py"
     assert words[words.index("--recipe") + 1] == str(folder / "suggested_recipe.yaml")
-    again = done(
-        *(*words, "--output", tmp_path, "--workers", "0", "--num-calib-batch", "2"),
-        *("--eval-images", "80", "--batch-size", "40", "--sensitivity-images", "0"),
-    )
+    again = done(*words)
     before, after = (float(r.row("INT8 mode 1")[6]) for r in (ran, again))  # agreement with float
     assert after > before
     better = report_of(folder_of(tmp_path, "outlier", "excluded")).models[-1]
-    assert better.comparison is not None and better.comparison.agreement_percent >= 99
+    assert better.comparison is not None and better.comparison.agreement_percent >= 98
     file = folder_of(tmp_path, "outlier", "excluded") / "outlier_int8_mode1.safetensors"
     assert read_checkpoint(file).precision["layers.0.blocks.0.attn"] == "fp16"
 

@@ -163,7 +163,7 @@ def test_output_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
 def test_full_disk_leaves_the_old_files(
     demo: Demo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    old = tmp_path / "micro_swin_digits_calib_int8_mode1.safetensors"
+    old = tmp_path / "micro_swin_digits_int8_mode1.safetensors"
     old.write_bytes(b"what was there before")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))

@@ -13,8 +13,8 @@ from tests.commands.conftest import Demo
 def test_exported_files_are_the_bytes_that_calibration_wrote(demo: Demo, tmp_path: Path) -> None:
     ran = done("--export", "--resume", demo.checkpoint("calib"), "--output", tmp_path)
     for mode in (1, 2):
-        path = tmp_path / f"micro_swin_digits_calib/default/micro_swin_digits_calib_int8_mode{mode}"
-        path = path.with_suffix(".safetensors")
+        name = f"micro_swin_digits_int8_mode{mode}.safetensors"
+        path = tmp_path / "micro_swin_digits" / "default" / name
         assert path.read_bytes() == demo.checkpoint(f"int8_mode{mode}").read_bytes()
         assert f"exported: {path}" in ran.out
 
