@@ -13,6 +13,7 @@ from swinq import config as configuration
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.export.reader import read_checkpoint
 from swinq.flags import parse
+from swinq.models.architecture import Architecture
 from swinq.report.schema import Report, from_json
 from tests.commands.command_line import (
     FEW,
@@ -24,6 +25,7 @@ from tests.commands.command_line import (
     write_flat,
 )
 from tests.commands.conftest import Demo
+from tests.export.calibrated_model import lively_model
 
 MODES = (1, 2)
 DIGITS = ("--resume", CHECKPOINT, "--data-path", "digits", "--workers", "0")
@@ -145,6 +147,29 @@ def test_calibrating_again_gives_the_same_tensors(demo: Demo, tmp_path: Path) ->
         second = tensors_of(folder / f"micro_swin_digits_{kind}.safetensors")
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first), kind
+
+
+def test_version_two_goes_the_whole_way(tmp_path: Path, tiny_architecture_v2: Architecture) -> None:
+    sizes = {"PATCH_SIZE": 2, "EMBED_DIM": 32, "DEPTHS": [2, 2], "NUM_HEADS": [1, 2]}
+    sizes |= {"WINDOW_SIZE": 4, "MLP_RATIO": 2.0}
+    cfg = tmp_path / "tiny.yaml"
+    model = {"TYPE": "swinv2", "NAME": "tiny_v2", "NUM_CLASSES": 10, "SWINV2": sizes}
+    cfg.write_text(yaml.safe_dump({"DATA": {"IMG_SIZE": 32}, "MODEL": model}))
+    weights = tmp_path / "v2.pth"
+    torch.save({"model": lively_model(tiny_architecture_v2).state_dict()}, weights)
+    ran = done(
+        *("--calib", "--cfg", cfg, "--resume", weights, "--version", "2", "--output", tmp_path),
+        *("--data-path", "fake:24", "--workers", "0", *FEW),
+    )
+    report = report_of(folder_of(tmp_path, "tiny_v2"))
+    assert len(report.models) == 5
+    for row in report.models[1:]:
+        assert row.comparison is not None and row.comparison.agreement_percent >= 90
+    assert "FAKE random images" in ran.out
+    file = read_checkpoint(folder_of(tmp_path, "tiny_v2") / "tiny_v2_int8_mode1.safetensors")
+    assert file.architecture == tiny_architecture_v2
+    scales = file.tensors["layers.1.blocks.0.attn.q_scale"]
+    assert scales.shape == (2,) and bool((scales <= 1 / 127).all())  # of normalised queries
 
 
 def test_one_mode_is_written_where_one_is_asked_for(tmp_path: Path) -> None:

@@ -7,14 +7,16 @@ import pytest
 import torch
 import yaml
 
+import swinq
 from swinq import cli
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.flags import parse
 from swinq.models.build import build_model
 from swinq.preflight import architecture
 from swinq.report.schema import from_json
-from tests.commands.command_line import done, refused, write_digits, write_flat
+from tests.commands.command_line import FEW, done, refused, write_digits, write_flat
 from tests.commands.conftest import Demo
+from tests.export.faster_transformer import named_by_faster_transformer
 
 DIGITS = ("--data-path", "digits", "--workers", "0")
 
@@ -190,3 +192,27 @@ def test_a_sample_of_the_images_is_the_same_one_each_time(demo: Demo, tmp_path: 
     second = done(*argv, "--output", tmp_path / "2", "--batch-size", "7")
     assert first.row("INT8 mode 1") == second.row("INT8 mode 1")
     assert first.row("INT8 mode 1")[0] == "40"
+
+
+def test_faster_transformers_own_file_is_evaluated_under_its_recipe(tmp_path: Path) -> None:
+    done("--calib", *FEW, "--output", tmp_path, "--recipe", "fastertransformer")
+    calibrated = tmp_path / "micro_swin_digits" / "default" / "micro_swin_digits_calib.safetensors"
+    state = named_by_faster_transformer(swinq.load(calibrated))
+    state["layers.0.blocks.0.attn.softmax_input_quantizer._amax"] = torch.tensor(2.0)
+    torch.save({"model": state}, tmp_path / "ancestor.pth")
+    argv = (
+        "--eval",
+        "--cfg",
+        "demo",
+        "--output",
+        tmp_path,
+        "--tag",
+        "again",
+        "--eval-images",
+        "60",
+    )
+    ours = done(*argv, "--resume", calibrated)
+    theirs = done(*argv, "--resume", tmp_path / "ancestor.pth")
+    for mode in (1, 2):
+        assert theirs.row(f"fake-quant mode {mode}") == ours.row(f"fake-quant mode {mode}")
+    assert "note: ranges without a place in swinq, dropped: 1 softmax_input_quantizer" in theirs.out

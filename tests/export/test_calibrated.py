@@ -20,6 +20,7 @@ from swinq.quant.insert import named_quantizers, set_int8_mode
 from swinq.quant.linear import QuantLinear
 from swinq.quant.spec import LayerRule, QuantSpec
 from tests.export.calibrated_model import calibrated_model, images, lively_model
+from tests.export.faster_transformer import named_by_faster_transformer
 from tests.int8.made_checkpoint import made_architecture
 
 CALIBRATION = {"method": "max", "percentile": 0.0, "images": 4, "residual_max": {"a.stream": 3.5}}
@@ -220,23 +221,6 @@ def test_recipe_that_is_none_is_refused(text: str, model: nn.Module, tmp_path: P
 
 def test_file_of_another_library_says_nothing_of_its_recipe() -> None:
     assert spec_of(LoadedCheckpoint({}, None, "modelopt")) is None
-
-
-def named_by_faster_transformer(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and ranges as NVIDIA's calibration scripts save them."""
-    kinds = {"input": "_input", "weight": "_weight", "output": "_aftergemm"}
-    parts = {"q": "matmul_q_input", "k": "matmul_k_input", "v": "matmul_v_input"}
-    parts |= {"a": "matmul_a_input", "mha_q": "mha_q_input", "mha_k": "mha_k_input"}
-    state = {}
-    for name, tensor in model.state_dict().items():
-        owner, _, leaf = name.removesuffix("._amax").rpartition(".")
-        kind = leaf.removesuffix("_quantizer")
-        if name.endswith("bias_correction"):
-            continue
-        if name.endswith("._amax"):
-            name = f"{owner}.{(kinds | parts)[kind]}_quantizer._amax"
-        state[name.replace(".qkv.q_bias", ".q_bias").replace(".qkv.v_bias", ".v_bias")] = tensor
-    return state
 
 
 @pytest.mark.parametrize("version", [1, 2])
