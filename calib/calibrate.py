@@ -24,8 +24,9 @@ from swinq.calib.observers import HistogramObserver, MaxObserver, RowSampler
 from swinq.distributed import all_reduce_sum_, broadcast_, rank, world_size
 from swinq.errors import CalibrationError
 from swinq.quant.affine import SMALLEST_AMAX
-from swinq.quant.insert import float_layers, named_quantizers, quantized_layers
+from swinq.quant.insert import float_layers, quantized_layers, used_quantizers
 from swinq.quant.linear import QuantLinear
+from swinq.quant.quantizer import TensorQuantizer
 from swinq.quant.spec import QuantSpec
 from swinq.quant.stream import stream_modules
 
@@ -68,7 +69,9 @@ def calibrate(
     percentile: float = 99.99,
     on_image: Callable[[], Any] | None = None,
 ) -> Calibration:
-    """Find and set the range of every quantizer of a model from ``quantize_model``.
+    """Find and set the ranges of a model from ``quantize_model``: those that an int8_mode uses.
+
+    Quantizers of fp16 layers, and of outputs that no mode rounds, stay uncalibrated.
 
     Args:
         model: in eval mode afterwards; the forwards run in float, whatever is active.
@@ -100,9 +103,9 @@ def calibrate(
     result = Calibration(method, percentile, sum(counts))
     _set_histogram_ranges(collected, result)
     _set_linear_ranges(model, collected, counts, spec, result)
-    _report_dead(model, spec, result)
+    _report_dead(collected.quantizers, spec, result)
     result.residual_max = collected.residual_maxima()
-    for quantizer in named_quantizers(model).values():
+    for quantizer in collected.quantizers.values():
         broadcast_(quantizer.amax)
     return result
 
@@ -118,7 +121,7 @@ class _Collected:
 
     def __init__(self, model: nn.Module, rows_per_image: int, spec: QuantSpec) -> None:
         device = next(model.parameters()).device
-        self.quantizers = named_quantizers(model)
+        self.quantizers = used_quantizers(model, any_mode=True)
         self.observers: dict[str, MaxObserver] = {}
         self.samplers: dict[str, RowSampler] = {}
         self.streams = stream_modules(model)
@@ -131,7 +134,7 @@ class _Collected:
                 continue
             if kind == "input_quantizer" and isinstance(layer, QuantLinear):
                 self.observers[name] = HistogramObserver(-1, layer.in_features, device)
-                if wants_rows and layer.precision == "int8":
+                if wants_rows:
                     self.samplers[name] = RowSampler(rows_per_image, layer.in_features)
             elif quantizer.descriptor.calib_method == "histogram":
                 self.observers[name] = HistogramObserver(None, None, device)
@@ -195,12 +198,13 @@ def _show_output(observer: MaxObserver, module: nn.Module, inputs: Any, output: 
 def _set_histogram_ranges(collected: _Collected, result: Calibration) -> None:
     """Search all histograms at once; running maxima take the descriptor's headroom and limit."""
     with_counts = {n: o for n, o in collected.observers.items() if isinstance(o, HistogramObserver)}
-    counts = torch.stack([o.counts for o in with_counts.values()])
-    peaks = torch.stack([o.peak for o in with_counts.values()])
-    found = find_amax(result.method, counts, peaks, result.percentile)
-    for name, amax in zip(with_counts, found, strict=True):
-        collected.quantizers[name].load_calib_amax(amax)
-        result.histograms[name] = with_counts[name].counts.cpu()
+    if with_counts:  # there are none where every layer is fp16
+        counts = torch.stack([o.counts for o in with_counts.values()])
+        peaks = torch.stack([o.peak for o in with_counts.values()])
+        found = find_amax(result.method, counts, peaks, result.percentile)
+        for name, amax in zip(with_counts, found, strict=True):
+            collected.quantizers[name].load_calib_amax(amax)
+            result.histograms[name] = with_counts[name].counts.cpu()
     for name, observer in collected.observers.items():
         if name not in with_counts:
             descriptor = collected.quantizers[name].descriptor
@@ -220,7 +224,7 @@ def _set_linear_ranges(
     """Per Linear: choose an input vector, set the weight's range, correct the bias."""
     untried = 0
     for name, layer in quantized_layers(model).items():
-        if not isinstance(layer, QuantLinear):
+        if not isinstance(layer, QuantLinear) or layer.precision != "int8":
             continue
         source = f"{name}.input_quantizer"
         if source in collected.samplers:
@@ -249,9 +253,11 @@ def _set_linear_ranges(
         )
 
 
-def _report_dead(model: nn.Module, spec: QuantSpec, result: Calibration) -> None:
+def _report_dead(
+    quantizers: dict[str, TensorQuantizer], spec: QuantSpec, result: Calibration
+) -> None:
     dead = []
-    for name, quantizer in named_quantizers(model).items():
+    for name, quantizer in quantizers.items():
         channels = int((quantizer.amax < SMALLEST_AMAX).sum())
         if quantizer.dead and not any(fnmatchcase(name, p) for p in spec.allow_dead):
             dead.append(name)

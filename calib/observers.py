@@ -109,12 +109,17 @@ class RowSampler:
         """Keep ``rows_per_image`` rows of ``width`` values from each tensor."""
         self.rows_per_image, self.width = rows_per_image, width
         self._kept: list[Tensor] = []
+        self._index = torch.empty(0, dtype=torch.int64)
+        self._tokens = -1  # that the index was made for
 
     def __call__(self, x: Tensor) -> None:
         """Collect rows of x, (..., width)."""
         rows = x.reshape(-1, self.width)
-        step = torch.arange(self.rows_per_image, device=x.device) * rows.shape[0]
-        self._kept.append(rows[step // self.rows_per_image].float().cpu())
+        if self._tokens != len(rows):
+            self._tokens = len(rows)
+            step = torch.arange(self.rows_per_image, device=x.device) * len(rows)
+            self._index = step // self.rows_per_image
+        self._kept.append(rows.index_select(0, self._index).float().cpu())
 
     def gather(self, image_counts: list[int], rank: int) -> Tensor:
         """All ranks' rows in their own order, (images * rows_per_image, width) fp32 on the CPU."""

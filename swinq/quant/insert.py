@@ -119,13 +119,19 @@ def named_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
     return {n: m for n, m in model.named_modules() if isinstance(m, TensorQuantizer)}
 
 
-def used_quantizers(model: nn.Module) -> dict[str, TensorQuantizer]:
-    """Name the quantizers that take part in the model as it is set: mode and precisions."""
+def used_quantizers(model: nn.Module, *, any_mode: bool = False) -> dict[str, TensorQuantizer]:
+    """Name the quantizers that take part in the model, in the order of the forward.
+
+    Precisions count, and the int8_mode that is set; with ``any_mode`` mode 1, which uses the most.
+    """
     used: dict[str, TensorQuantizer] = {}
     for name, layer in quantized_layers(model).items():
-        if layer.precision == "int8":
-            for child, quantizer in layer.named_children():
-                if isinstance(quantizer, TensorQuantizer) and quantizer.enabled:
+        if layer.precision != "int8":
+            continue
+        for child, quantizer in layer.named_children():
+            if isinstance(quantizer, TensorQuantizer):
+                rounds = any_mode and child == "output_quantizer" and layer.rounds_output
+                if quantizer.enabled or rounds:
                     used[f"{name}.{child}"] = quantizer
     return used
 

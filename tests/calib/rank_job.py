@@ -28,7 +28,7 @@ def job(architecture: Architecture, method: str, images: int) -> dict[str, Tenso
     every = torch.randn(images, 3, 32, 32) * torch.linspace(0.2, 3.0, images).view(-1, 1, 1, 1)
     result = calibrate(model, every[distributed.rank() :: distributed.world_size()], method=method)
     assert result.images == images
-    found = {name: q.amax for name, q in named_quantizers(model).items()}
+    found = {name: q.amax for name, q in named_quantizers(model).items() if q.calibrated}
     found |= {f"{name}/histogram": counts for name, counts in result.histograms.items()}
     for name, layer in quantized_layers(model).items():
         if isinstance(layer, QuantLinear):

@@ -19,6 +19,7 @@ from swinq.quant.insert import (
     quantize_model,
     quantized_layers,
     set_int8_mode,
+    used_quantizers,
 )
 from swinq.quant.linear import QuantLinear
 from swinq.quant.spec import LayerRule, QuantSpec
@@ -54,7 +55,7 @@ def quantized(model: nn.Module, spec: QuantSpec = FULL) -> nn.Module:
 
 def findings(model: nn.Module, result: Calibration) -> dict[str, Tensor]:
     """Every tensor that calibration found."""
-    found = {n: q.amax for n, q in named_quantizers(model).items()}
+    found = {n: q.amax for n, q in named_quantizers(model).items() if q.calibrated}
     found |= {f"histogram of {n}": h for n, h in result.histograms.items()}
     for name, layer in quantized_layers(model).items():
         if isinstance(layer, QuantLinear):
@@ -77,7 +78,10 @@ def test_every_quantizer_gets_a_range_and_logits_stay_close(
     fake = quantized(swin)
     result = calibrate(fake, images, method=method)
     assert result.method == method and result.images == len(images)
-    assert all(q.calibrated for q in named_quantizers(fake).values())
+    used = used_quantizers(set_int8_mode(fake, 1))
+    assert [n for n, q in named_quantizers(fake).items() if q.calibrated] == sorted(
+        used, key=list(named_quantizers(fake)).index
+    )
     assert all(q.observer is None for q in named_quantizers(fake).values())
     for mode in (1, 2):
         set_int8_mode(fake, mode)
@@ -151,6 +155,11 @@ def test_calibrating_again_starts_afresh(swin: nn.Module, images: Tensor) -> Non
     assert_same_bits(wanted, findings(twice, calibrate(twice, images)))
     with torch.no_grad():
         assert torch.equal(once(images), twice(images))
+
+
+def test_calibrating_in_mode_2_finds_what_mode_1_needs_too(swin: nn.Module, images: Tensor) -> None:
+    one, two = quantized(swin), set_int8_mode(quantized(swin), 2)
+    assert_same_bits(findings(one, calibrate(one, images)), findings(two, calibrate(two, images)))
 
 
 def test_calibration_runs_in_float_whatever_is_active_and_leaves_that_as_it_was(
@@ -304,14 +313,19 @@ def test_without_bias_correction_no_bias_changes(swin_v1: nn.Module, images: Ten
             assert not layer.bias_correction.any()
 
 
-def test_fp16_layers_get_neither_vector_nor_correction(swin_v1: nn.Module, images: Tensor) -> None:
+def test_fp16_layers_need_no_ranges_vectors_nor_corrections(
+    swin_v1: nn.Module, images: Tensor
+) -> None:
     rule = {"PATTERN": "*", "PRECISION": "fp16"}
     fake = quantized(with_loud_channels(swin_v1), recipe("int8", LAYERS=[rule]))
     result = calibrate(fake, images)
-    assert not result.vectors
+    assert not result.vectors and not result.histograms and result.residual_max
+    assert not any(q.calibrated for q in named_quantizers(fake).values())
     for layer in quantized_layers(fake).values():
         if isinstance(layer, QuantLinear):
             assert not layer.bias_correction.any() and layer.input_quantizer.amax.ndim == 0
+    with torch.no_grad():
+        torch.testing.assert_close(fake(images), swin_v1(images), rtol=0, atol=0.05)
 
 
 # what stops it
@@ -352,7 +366,7 @@ def _overflow(model: Any) -> None:
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (_nan_weight, r"layers\.1\.blocks\.0\.mlp\.fc1\.output_quantizer saw nan"),
+        (_nan_weight, r"layers\.1\.blocks\.0\.mlp\.fc2\.input_quantizer saw nan"),
         (_infinite_bias, r"layers\.0\.blocks\.1\.attn\.proj\.output_quantizer saw inf"),
         (_overflow, r"layers\.0\.blocks\.0\.mlp\.fc2\.output_quantizer saw (inf|nan)"),
     ],
