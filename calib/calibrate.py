@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from swinq.calib.methods import find_amax
 from swinq.calib.migration import choose_input_range
-from swinq.calib.observers import HistogramObserver, MaxObserver, RowSampler
+from swinq.calib.observers import HistogramObserver, MaxObserver, RowSampler, Scratch
 from swinq.distributed import all_reduce_sum_, broadcast_, rank, world_size
 from swinq.errors import CalibrationError
 from swinq.quant.affine import SMALLEST_AMAX
@@ -127,17 +127,18 @@ class _Collected:
         self.streams = stream_modules(model)
         self.stream_observers = {n: MaxObserver(None, None, device) for n in self.streams}
         wants_rows = bool(spec.migration) or spec.bias_correction
+        scratch = Scratch()
         for name, quantizer in self.quantizers.items():
             layer = model.get_submodule(name.rpartition(".")[0])
             kind = name.rpartition(".")[2]
             if kind == "weight_quantizer":
                 continue
             if kind == "input_quantizer" and isinstance(layer, QuantLinear):
-                self.observers[name] = HistogramObserver(-1, layer.in_features, device)
+                self.observers[name] = HistogramObserver(-1, layer.in_features, device, scratch)
                 if wants_rows:
                     self.samplers[name] = RowSampler(rows_per_image, layer.in_features)
             elif quantizer.descriptor.calib_method == "histogram":
-                self.observers[name] = HistogramObserver(None, None, device)
+                self.observers[name] = HistogramObserver(None, None, device, scratch)
             else:
                 channels = quantizer.amax.numel() if quantizer.amax.ndim else None
                 axis = None if channels is None else quantizer.descriptor.axis

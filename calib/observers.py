@@ -64,6 +64,19 @@ class MaxObserver:
         self.maximum.zero_()
 
 
+class Scratch:
+    """Memory for one tensor at a time, which observers share: fresh pages cost more than a pass."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def like(self, x: Tensor) -> Tensor:
+        """Contiguous fp32 memory of x's shape on its device; what was there before is lost."""
+        if self._buffer.numel() < x.numel() or self._buffer.device != x.device:
+            self._buffer = torch.empty(x.numel(), device=x.device)
+        return self._buffer[: x.numel()].view(x.shape)
+
+
 class HistogramObserver(MaxObserver):
     """The maximum, and exact counts of |x| in bins that depend on the value alone.
 
@@ -71,19 +84,23 @@ class HistogramObserver(MaxObserver):
         counts: (BINS,) int64, on the CPU.
     """
 
-    def __init__(self, axis: int | None, channels: int | None, device: torch.device) -> None:
+    def __init__(
+        self,
+        axis: int | None,
+        channels: int | None,
+        device: torch.device,
+        scratch: Scratch | None = None,
+    ) -> None:
         """See MaxObserver; the histogram is of the whole tensor."""
         super().__init__(axis, channels, device)
+        self._scratch = scratch or Scratch()
         self.counts = torch.zeros(BINS, dtype=torch.int64, device=device)
 
     def __call__(self, x: Tensor) -> None:
         """Collect x; infinities and NaN show in ``peak``, not in the counts."""
-        magnitude = torch.empty(x.shape, device=x.device)  # contiguous, also where x is not
-        torch.abs(x.float(), out=magnitude)
+        magnitude = torch.abs(x.float(), out=self._scratch.like(x))
         self._join(magnitude.amax(self._other_dimensions(x)))
-        index = magnitude.view(torch.int32).bitwise_right_shift_(
-            DROPPED_BITS
-        )  # in place: a pass less
+        index = magnitude.view(torch.int32).bitwise_right_shift_(DROPPED_BITS)
         counts = torch.bincount(index.view(-1))[:BINS]
         self.counts[: len(counts)] += counts
 

@@ -5,7 +5,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from swinq.calib.observers import BINS, HistogramObserver, MaxObserver, RowSampler, bin_edges
+from swinq.calib.observers import (
+    BINS,
+    HistogramObserver,
+    MaxObserver,
+    RowSampler,
+    Scratch,
+    bin_edges,
+)
 
 CPU = torch.device("cpu")
 TINY, HUGE = 1e-45, torch.finfo(torch.float32).max
@@ -90,6 +97,20 @@ def test_more_values_than_fp32_can_count_are_counted_exactly() -> None:
     observer.counts *= 2**24
     observer(torch.tensor([1.0]))
     assert int(observer.counts.max()) == 2**24 + 1
+
+
+def test_observers_that_share_memory_do_not_mix_their_tensors() -> None:
+    scratch = Scratch()
+    shared = [HistogramObserver(-1, 3, CPU, scratch) for _ in range(2)]
+    tensors = [torch.randn(50, 3), 100 * torch.randn(5, 7, 3), torch.randn(2, 3)]
+    for observer in (*shared, alone := HistogramObserver(-1, 3, CPU)):
+        for x in tensors if observer is not shared[1] else tensors[:1]:
+            kept = x.clone()
+            observer(x)
+            assert torch.equal(x, kept)
+    assert torch.equal(shared[0].counts, alone.counts)
+    assert torch.equal(shared[0].maximum, alone.maximum)
+    assert np.array_equal(shared[1].counts.numpy(), brute_force(tensors[0]))
 
 
 def test_maxima_are_kept_per_index_of_the_axis() -> None:
