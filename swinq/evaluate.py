@@ -196,21 +196,22 @@ def evaluate(
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
     )
-    seen: list[Predictions] = []
+    count = sum(map(len, runs))
+    seen = Predictions(_integers(count), _integers(count), torch.empty(0, 0))
+    done = 0
     with torch.inference_mode(), _eval_mode(model):
         for batch in progress(loader, label) if progress else loader:
             _check_labelled(batch, dataset)
             logits = _run(model, batch.images, batch_size, device)
             _check_logits(logits, batch, dataset)
-            seen.append(Predictions(batch.indices, batch.labels, logits))
-    if not seen:
-        none = torch.empty(0, dtype=torch.int64)
-        return Predictions(none, none.clone(), torch.empty(0, 0))
-    return Predictions(
-        torch.cat([part.indices for part in seen]),
-        torch.cat([part.labels for part in seen]),
-        torch.cat([part.logits for part in seen]),
-    )
+            if not done:  # the one copy: gigabytes for many images of many classes
+                with torch.inference_mode(False):
+                    seen.logits = torch.empty(count, logits.shape[1])
+            rows = slice(done, done + len(batch))
+            seen.indices[rows], seen.labels[rows] = batch.indices, batch.labels
+            seen.logits[rows] = logits
+            done += len(batch)
+    return seen
 
 
 def compare(reference: Predictions, other: Predictions) -> Comparison:
@@ -291,6 +292,10 @@ def paired_interval(only_reference: int, only_other: int, images: int) -> tuple[
     centre = (c - b) / n
     half = _Z95 * math.sqrt(b + c - (c - b) ** 2 / n) / n
     return max(-1.0, centre - half), min(1.0, centre + half)
+
+
+def _integers(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.int64)
 
 
 def _run(model: Model, images: Tensor, batch_size: int, device: torch.device) -> Tensor:

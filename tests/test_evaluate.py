@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from swinq import distributed
+from swinq import evaluate as evaluation
 from swinq.console import progress
 from swinq.data.dataset import ImageDataset
 from swinq.data.datasets import open_dataset
@@ -243,6 +245,26 @@ def test_a_choice_of_images_is_evaluated_in_its_order() -> None:
     everything = evaluate(linear(0), fake(20), batch_size=3, device="cpu")
     assert chosen.indices.tolist() == [17, 4, 9, 0]
     assert torch.allclose(chosen.logits, everything.logits[chosen.indices], atol=1e-6)
+
+
+def test_logits_of_earlier_batches_are_not_kept_beside_the_whole(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of 50,000 images and 21,841 classes there is room for one copy, not for two."""
+    parts: list[weakref.ref[Tensor]] = []
+    alive: list[int] = []
+
+    def run(*arguments: object) -> Tensor:
+        alive.append(sum(part() is not None for part in parts))
+        logits = original(*arguments)  # type: ignore[arg-type]
+        parts.append(weakref.ref(logits))
+        return logits
+
+    original = evaluation._run
+    monkeypatch.setattr(evaluation, "_run", run)
+    found = evaluate(linear(0), fake(11), batch_size=2, device="cpu")
+    assert max(alive) <= 1 and found.logits.shape == (11, CLASSES)
+    assert not found.logits.is_inference()
 
 
 def test_progress_is_told_of_every_batch(capsys: pytest.CaptureFixture[str]) -> None:
