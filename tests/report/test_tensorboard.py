@@ -30,6 +30,17 @@ def test_histograms_ranges_and_scores_can_be_read_back(tmp_path: Path) -> None:
     assert events.Scalars("latency/Float/batch 32")
 
 
+def test_events_of_an_earlier_run_are_replaced(tmp_path: Path) -> None:
+    folder = tmp_path / "tensorboard"
+    report = made_up_report((1,))
+    write_tensorboard(report, folder)
+    (earlier,) = folder.iterdir()
+    write_tensorboard(report, folder)
+    (later,) = folder.iterdir()
+    assert later.name != earlier.name
+    assert list(tmp_path.iterdir()) == [folder]
+
+
 def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="file/logs"):
