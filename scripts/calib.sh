@@ -4,7 +4,7 @@
 #   bash scripts/calib.sh /data/imagenet swin_tiny_patch4_window7_224.pth
 #   GPUS=8 bash scripts/calib.sh /data/imagenet swin_large.pth --calibrator mse --tag mse
 #
-# Further arguments go to swinq. The checkpoint tells the model; where it cannot, add --cfg NAME.
+# Further arguments go to swinq and override the settings below. The checkpoint tells the model; where it cannot, add --cfg NAME.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -15,4 +15,4 @@ shift 2
 bash scripts/install.sh
 exec .venv/bin/torchrun --standalone --nproc_per_node "${GPUS:-1}" swinq/main.py --calib \
     --data-path "$data" --resume "$checkpoint" \
-    --num-calib-batch 10 --calib-batchsz 64 --batch-size 128 "$@"
+    --opts CALIB.NUM_BATCHES 10 CALIB.BATCH_SIZE 64 DATA.BATCH_SIZE 128 "$@"

@@ -4,7 +4,7 @@
 #   bash scripts/eval.sh /data/imagenet swin_tiny_patch4_window7_224.pth
 #   GPUS=8 bash scripts/eval.sh /data/imagenet path/to/int8_mode1.safetensors
 #
-# Further arguments go to swinq.
+# Further arguments go to swinq and override the settings below.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,4 +14,4 @@ shift 2
 
 bash scripts/install.sh
 exec .venv/bin/torchrun --standalone --nproc_per_node "${GPUS:-1}" swinq/main.py --eval \
-    --data-path "$data" --resume "$checkpoint" --batch-size 128 "$@"
+    --data-path "$data" --resume "$checkpoint" --opts DATA.BATCH_SIZE 128 "$@"

@@ -4,7 +4,7 @@
 #   bash scripts/export.sh path/to/calibrated.safetensors
 #   MODE=2 bash scripts/export.sh path/to/calibrated.safetensors --calib-output-path exported
 #
-# Further arguments go to swinq.
+# Further arguments go to swinq and override the settings below.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -13,4 +13,4 @@ shift
 
 bash scripts/install.sh
 exec .venv/bin/torchrun --standalone swinq/main.py --export \
-    --resume "$checkpoint" --int8-mode "${MODE:-1}" "$@"
+    --resume "$checkpoint" --opts INT8.MODE "${MODE:-1}" "$@"

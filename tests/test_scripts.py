@@ -8,6 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from swinq import cli
+from swinq.config import leaves
+from swinq.flags import parse
+
+BATCHES = ("CALIB.NUM_BATCHES", 3)
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
 # Prints what it was called as and with: stands for python, pip, torchrun and srun.
@@ -100,6 +105,28 @@ def test_calib_hands_data_checkpoint_and_further_flags_over(checkout: Path) -> N
     assert command.endswith("--tag first")
 
 
+@pytest.mark.parametrize(
+    ("script", "words", "flags", "key", "becomes"),
+    [
+        ("calib.sh", ("images", "a.pth"), ("--batch-size", "64"), "DATA.BATCH_SIZE", 64),
+        ("calib.sh", ("images", "a.pth"), ("--opts", "CALIB.NUM_BATCHES", "3"), *BATCHES),
+        ("eval.sh", ("images", "a.pth"), ("--batch-size", "64"), "DATA.BATCH_SIZE", 64),
+        ("export.sh", ("a.safetensors",), ("--int8-mode", "2"), "INT8.MODE", 2),
+    ],
+)
+def test_further_flags_override_what_a_script_sets(
+    script: str,
+    words: tuple[str, ...],
+    flags: tuple[str, ...],
+    key: str,
+    becomes: int,
+    checkout: Path,
+) -> None:
+    argv = run(checkout, script, *words, *flags).stdout.splitlines()[-1].split("main.py ")[1]
+    config, _ = cli.resolve(parse(argv.split()))
+    assert dict(leaves(config))[key] == becomes
+
+
 @pytest.mark.parametrize("script", ["calib.sh", "eval.sh", "export.sh"])
 def test_script_without_its_arguments_says_which(checkout: Path, script: str) -> None:
     ran = run(checkout, script)
@@ -109,8 +136,8 @@ def test_script_without_its_arguments_says_which(checkout: Path, script: str) ->
 
 
 def test_export_is_mode_1_unless_told_otherwise(checkout: Path) -> None:
-    assert "--int8-mode 1" in run(checkout, "export.sh", "calibrated.safetensors").stdout
-    assert "--int8-mode 2" in run(checkout, "export.sh", "calibrated.safetensors", MODE="2").stdout
+    assert "INT8.MODE 1" in run(checkout, "export.sh", "calibrated.safetensors").stdout
+    assert "INT8.MODE 2" in run(checkout, "export.sh", "calibrated.safetensors", MODE="2").stdout
 
 
 def test_slurm_job_gives_every_node_the_same_rendezvous(checkout: Path, tmp_path: Path) -> None:
@@ -127,8 +154,10 @@ def test_slurm_job_gives_every_node_the_same_rendezvous(checkout: Path, tmp_path
         SLURM_JOB_NODELIST="node[7-8]",
         SLURM_NNODES="2",
         SLURM_GPUS_ON_NODE="4",
+        SLURM_CPUS_PER_TASK="48",
     )
     assert ran.returncode == 0, ran.stderr
+    assert "srun --cpus-per-task 48 .venv/bin/torchrun" in ran.stdout
     assert "--nnodes 2 --nproc_per_node 4" in ran.stdout
     assert "--rdzv_endpoint node7:23456" in ran.stdout
     assert "swinq/main.py --calib --data-path /data/imagenet --resume swin.pth" in ran.stdout
