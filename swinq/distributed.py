@@ -65,7 +65,7 @@ def select_device(name: str = "auto") -> torch.device:
         name: "auto" (this rank's GPU if there is one, else the CPU), "cpu", "cuda" or "cuda:N".
 
     Raises:
-        ConfigError: no such device, or fewer GPUs than ranks on this machine.
+        ConfigError: no such device, fewer GPUs than ranks on this machine, or one GPU for all.
     """
     import torch
 
@@ -74,6 +74,12 @@ def select_device(name: str = "auto") -> torch.device:
         index and not (kind == "cuda" and index.isdecimal())
     ):
         raise ConfigError(f"device '{name}' is not known", "use auto, cpu, cuda or cuda:N")
+    ranks_here = _environment("LOCAL_WORLD_SIZE", 1)
+    if index and ranks_here > 1:
+        raise ConfigError(
+            f"device '{name}' is one GPU, but {ranks_here} processes run on this machine",
+            "use --device cuda, which gives each its own, or start one with --nproc_per_node 1",
+        )
     found = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if kind == "cpu" or (kind == "auto" and not found):
         return torch.device("cpu")

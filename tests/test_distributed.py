@@ -194,6 +194,13 @@ def test_each_rank_takes_its_own_gpu_and_too_many_are_refused(
         distributed.select_device("cuda")
 
 
+def test_one_named_gpu_for_several_ranks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"'cuda:0' is one GPU, but 2 processes"):
+        distributed.select_device("cuda:0")
+    assert distributed.select_device("cpu") == torch.device("cpu")
+
+
 def test_loaders_leave_a_core_and_share_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert distributed.loader_processes(3) == 3
     cores = set(range(16))
