@@ -24,6 +24,8 @@ from swinq.models.architecture import Architecture
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library has
 REPORT_BYTES = 16 << 20  # report, pictures and TensorBoard
+# of a folder as from the hub; swinq.models.containers reads the same, but imports torch
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")
 _PYTORCH_OLD = (b"\x80\x02", b"\x80\x04")  # a bare pickle: torch.save before 1.6
 
 
@@ -111,10 +113,13 @@ def _model(config: Config) -> str:
 
 def _checkpoint(path: Path, config: Config) -> str:
     """Recognises the container by its first bytes and reads its directory, no tensor."""
+    path = _file_of(path)
     try:
         size = path.stat().st_size
         if path.is_dir():
-            raise CheckpointError(f"{path} is a folder, wanted a checkpoint file", "name the file")
+            raise CheckpointError(
+                f"{path} is a folder without {' or '.join(FOLDER_FILES)}", "name the file itself"
+            )
         with open(path, "rb") as file:
             head = file.read(8)
             if head[:4] == b"PK\x03\x04":
@@ -135,6 +140,13 @@ def _checkpoint(path: Path, config: Config) -> str:
         f"{path} ({size} bytes) is neither a PyTorch nor a safetensors checkpoint",
         "is it complete? download or copy it again",
     )
+
+
+def _file_of(path: Path) -> Path:
+    """The checkpoint in a folder that holds one as the hub names it; else the path itself."""
+    if path.is_dir():
+        return next((path / name for name in FOLDER_FILES if (path / name).is_file()), path)
+    return path
 
 
 def _pytorch(path: Path, size: int) -> str:
@@ -240,7 +252,8 @@ def _writable(folder: Path) -> str:
 
 def _disk(folder: Path, weights: Path | None, config: Config) -> str:
     """Compares the free space with what the run writes: float ranges and one file per mode."""
-    size = weights.stat().st_size if weights and weights.is_file() else 0
+    file = _file_of(weights) if weights else None
+    size = file.stat().st_size if file and file.is_file() else 0
     modes = 1 if config.INT8.MODE else 2
     needed = 2 * size + modes * size // 2 + REPORT_BYTES  # a half-precision checkpoint doubles
     free = shutil.disk_usage(_existing(folder)).free

@@ -12,7 +12,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from swinq import cli
+from swinq import cli, preflight
+from swinq.models import containers
 
 TINY = "swin_tiny_patch4_window7_224"
 
@@ -221,6 +222,19 @@ def test_a_dry_run_reads_the_header_of_an_int8_checkpoint(
     argv = ["--eval", "--resume", name, "--data-path", "images", "--device", "cpu", "--dry-run"]
     assert cli.main([*argv, "--int8-mode", "2"]) == 0
     assert "INT8 mode 2, 1 tensors" in capsys.readouterr().out
+
+
+def test_a_dry_run_finds_the_checkpoint_in_a_hub_folder(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "hub").mkdir()
+    argv = ["--calib", "--resume", "hub", "--data-path", "images", "--device", "cpu", "--dry-run"]
+    assert cli.main(argv) == 2
+    assert "hub is a folder without model.safetensors" in capsys.readouterr().out
+    safetensors(folder / "hub" / "model.safetensors", {})
+    assert cli.main(argv) == 0
+    assert "model.safetensors, safetensors, 1 tensors" in capsys.readouterr().out
+    assert preflight.FOLDER_FILES == containers.FOLDER_FILES
 
 
 def test_a_dry_run_imports_no_torch_for_the_cpu(folder: Path, repo_root: Path) -> None:
