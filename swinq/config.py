@@ -237,6 +237,9 @@ def merge_pairs(config: Config, pairs: list[str]) -> None:
     for key, text in zip(pairs[::2], pairs[1::2], strict=True):
         if key == "BASE" or any(_under(key, foreign) for foreign in schema.FOREIGN):
             raise ConfigError(f"--opts {key} would decide nothing here", "leave it out")
+        for idle, why in schema.IDLE.items():
+            if key in _DEFAULT_OF and _under(key, idle):
+                raise ConfigError(f"--opts {key} {why}", "leave it out")
         put(config, key, text, "--opts")
 
 

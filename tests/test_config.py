@@ -194,6 +194,22 @@ def test_pairs_want_a_value_for_each_key() -> None:
         merge_pairs(config, ["FUSED_LAYERNORM", "True"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "why"),
+    [
+        ("TRAIN.EPOCHS", "3", "belongs to --train"),
+        ("AUG.MIXUP", "0", "belongs to --train"),
+        ("AMP_ENABLE", "false", "belongs to --train"),
+        ("TEST.SHUFFLE", "true", "decides nothing here"),
+        ("DATA.PIN_MEMORY", "false", "decides nothing here"),
+        ("DATA.INTERPOLATION", "random", "'random'.* wanted one of bicubic, bilinear"),
+    ],
+)
+def test_pairs_that_would_change_nothing_are_refused(key: str, value: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=f"{key} .*{why}"):
+        merge_pairs(default_config(), [key, value])
+
+
 def test_a_recipe_changes_only_quantization(tmp_path: Path) -> None:
     config = default_config()
     path = written(tmp_path, "mine.yaml", "QUANT: {BIAS_CORRECTION: false}\nCALIB: {METHOD: mse}")
