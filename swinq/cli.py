@@ -229,7 +229,7 @@ def _check_agreement(config: Config, args: argparse.Namespace) -> None:
     if model.RESUME and model.PRETRAINED:
         raise ConfigError(
             f"two checkpoints: --resume {model.RESUME} and --pretrained {model.PRETRAINED}",
-            "keep --resume; --pretrained is for weights of another window or head",
+            "keep --resume; --pretrained is for weights of another window",
         )
     if model.PRETRAINED and "MODEL.TYPE" not in origins:
         raise ConfigError(

@@ -17,7 +17,7 @@ from swinq.quant.insert import set_int8_mode
 
 def run(config: Config) -> int:
     """Evaluate what --resume names on the validation images; print and save the scores."""
-    session = Session.open(config)
+    session = Session.open(config, "eval")
     model = load_model(session)
     dataset = session.dataset("val", model)
     console.say(f"images: {dataset.description}, {session.transform(model)}")
@@ -33,9 +33,10 @@ def run(config: Config) -> int:
             ],
             ["model", "images", "top-1 %", "top-5 %"],
         )
+        weights = weights_of(config)
         path = write_atomically(
-            session.folder / "eval.json",
-            lambda written: _write(written, rows, str(weights_of(config))),
+            session.folder / f"eval_{Path(weights or session.name).stem}.json",
+            lambda written: _write(written, rows, str(weights)),
         )
         console.say(f"saved: {path}")
     return 0

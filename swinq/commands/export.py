@@ -10,7 +10,7 @@ from swinq.errors import ExportError
 
 def run(config: Config) -> int:
     """Write the INT8 checkpoint of each mode asked for, on rank 0."""
-    session = Session.open(config)
+    session = Session.open(config, "export")
     model = load_model(session)
     if not hasattr(model, "quant_spec"):
         raise ExportError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from swinq import api, console, distributed, preflight
 from swinq import config as configuration
 from swinq.config import Config
+from swinq.data.archive import ZipDataset
 from swinq.data.dataset import ImageDataset
 from swinq.data.datasets import open_dataset
 from swinq.data.loader import BatchLoader
@@ -45,8 +46,13 @@ class Session:
     checkpoints: Path
 
     @classmethod
-    def open(cls, config: Config) -> Session:
-        """Name the run and, on rank 0, make its folder and save the resolved configuration."""
+    def open(cls, config: Config, action: str = "calib") -> Session:
+        """Name the run and, on rank 0, make its folder and save the resolved configuration.
+
+        Args:
+            action: calib's configuration is config.yaml, another's config_<action>.yaml, so that
+                a later look at a run's files does not replace what they were made with.
+        """
         if config.DEMO:
             torch.set_num_threads(1)  # the micro-Swin is too small to be worth sharing out
         weights = weights_of(config)
@@ -61,7 +67,8 @@ class Session:
             checkpoints=Path(config.CALIB.OUTPUT_PATH or folder),
         )
         if distributed.is_main():
-            configuration.save(config, folder / "config.yaml")
+            saved = "config.yaml" if action == "calib" else f"config_{action}.yaml"
+            configuration.save(config, folder / saved)
         return session
 
     @property
@@ -83,20 +90,31 @@ class Session:
         return self.checkpoints / f"{self.name}_calib.safetensors"
 
     def transform(self, model: Any) -> EvalTransform:
-        """The evaluation transform: what the configuration states, or the model's file records."""
+        """The evaluation transform: what the model's file records, or the configuration says.
+
+        Flags and --opts override what is recorded; a --cfg file, which tells of the model at
+        large, does not.
+        """
         config = self.config
-        stated = {"EVAL.TRANSFORM", "TEST.CROP"} & config.origins.keys()
-        recorded = None if stated else api.transform_of(model)
-        if recorded is not None:
+        interpolation = config.DATA.INTERPOLATION
+        recorded = api.transform_of(model)
+        if recorded is not None and not self._typed("EVAL.TRANSFORM", "TEST.CROP"):
+            if self._typed("DATA.INTERPOLATION"):
+                return replace(recorded, interpolation=interpolation)
             return recorded
         size = model.arch.img_size
-        crop = config.TEST.CROP and ("TEST.CROP" in stated or size < SQUASHED_FROM)
-        return eval_transform(config.EVAL.TRANSFORM, size, crop)
+        crop = config.TEST.CROP and ("TEST.CROP" in config.origins or size < SQUASHED_FROM)
+        made = eval_transform(config.EVAL.TRANSFORM, size, crop)
+        return replace(made, interpolation=interpolation)
+
+    def _typed(self, *keys: str) -> bool:
+        """Whether a flag or --opts states one of these keys."""
+        return any(self.config.origins.get(key, "").startswith("--") for key in keys)
 
     def dataset(self, split: str, model: Any) -> ImageDataset:
         """Open the images of a split for a model."""
         data = self.config.DATA
-        return open_dataset(
+        opened = open_dataset(
             data.DATA_PATH,
             split,
             self.transform(model),
@@ -104,6 +122,11 @@ class Session:
             cache_mode=data.CACHE_MODE,
             num_classes=model.arch.num_classes,
         )
+        if split == "val" and self._typed("DATA.CACHE_MODE") and not isinstance(opened, ZipDataset):
+            console.say(
+                "note: --cache-mode changes nothing for images that lie in no zip", "warning"
+            )
+        return opened
 
     def evaluation_indices(self, dataset: ImageDataset) -> list[int] | None:
         """The images to evaluate on: all (None), or a seeded sample of EVAL.IMAGES."""

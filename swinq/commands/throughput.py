@@ -8,15 +8,26 @@ from swinq import console, distributed, preflight
 from swinq.commands.evaluate import forms
 from swinq.commands.session import Session, load_model, weights_of
 from swinq.config import Config
+from swinq.errors import CheckpointError
 from swinq.latency import measure_together
 from swinq.models.build import build_model
 
 
 def run(config: Config) -> int:
-    """Measure the model at the batch size asked for, and print a line per form of it."""
-    session = Session.open(config)
+    """Measure the model at the batch size asked for, and print a line per form of it.
+
+    Raises:
+        CheckpointError: a mode is asked for, and there is no checkpoint whose ranges it could use.
+    """
+    session = Session.open(config, "throughput")
     model: Any
     if weights_of(config) is None:
+        if config.INT8.MODE:
+            raise CheckpointError(
+                f"--int8-mode {config.INT8.MODE} is given, but without a checkpoint the "
+                "weights are random floats without ranges",
+                "name a calibrated or INT8 checkpoint with --resume, or leave --int8-mode out",
+            )
         model = build_model(preflight.architecture(config)).to(session.device).eval()
         named: dict[str, Any] = {"float, random weights": lambda: model}
     else:

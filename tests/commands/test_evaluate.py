@@ -21,9 +21,10 @@ from tests.export.faster_transformer import named_by_faster_transformer
 DIGITS = ("--data-path", "digits", "--workers", "0")
 
 
-def results(output: Path, name: str) -> dict[str, dict[str, float]]:
-    """Rows of eval.json by model."""
-    saved = json.loads((output / name / "default" / "eval.json").read_text())
+def results(output: Path, stem: str) -> dict[str, dict[str, float]]:
+    """Rows of a checkpoint's eval_*.json by model."""
+    folder = output / stem.removesuffix("_calib") / "default"
+    saved = json.loads((folder / f"eval_{stem}.json").read_text())
     return {row["model"]: row for row in saved["results"]}
 
 
@@ -42,7 +43,7 @@ def test_scores_of_a_file_are_those_in_the_report(
     ran = done("--eval", "--resume", file, *DIGITS, "--output", tmp_path)
     assert "squash (bicubic resize 32x32)" in ran.out  # recorded in the file
     reported = from_json((demo.folder / "report.json").read_text()).models
-    found = results(tmp_path, file.stem.removesuffix("_calib"))
+    found = results(tmp_path, file.stem)
     assert list(found) == models
     for row in reported:
         if row.name in models:
@@ -63,6 +64,44 @@ def test_a_stated_transform_wins_over_the_recorded_one(demo: Demo, tmp_path: Pat
     argv = ("--eval", "--resume", file, *DIGITS, "--output", tmp_path, "--eval-images", "8")
     said = done(*argv, "--eval-transform", "official").out
     assert "official (bicubic resize 36, centre crop 32)" in said
+    said = done(*argv, "--opts", "DATA.INTERPOLATION", "bilinear").out
+    assert "squash (bilinear resize 32x32)" in said
+
+
+def test_a_files_crop_yields_to_the_recorded_transform(demo: Demo, tmp_path: Path) -> None:
+    cfg = tmp_path / "model.yaml"
+    saved = yaml.safe_load((demo.folder / "config.yaml").read_text())
+    model = {"TEST": {"CROP": True}, "DATA": {"IMG_SIZE": 32}, "MODEL": saved["MODEL"]}
+    cfg.write_text(yaml.safe_dump(model))
+    file = demo.checkpoint("int8_mode1")
+    argv = ("--eval", "--cfg", cfg, "--resume", file, *DIGITS, "--eval-images", "8")
+    assert "squash (bicubic resize 32x32)" in done(*argv, "--output", tmp_path).out
+    typed = done(*argv, "--output", tmp_path, "--opts", "TEST.CROP", "true").out
+    assert "official (bicubic resize 36, centre crop 32)" in typed
+
+
+def test_evaluating_a_runs_files_replaces_none_of_it(tmp_path: Path) -> None:
+    done("--calib", *FEW, "--output", tmp_path)
+    folder = tmp_path / "micro_swin_digits" / "default"
+    before = (folder / "config.yaml").read_bytes()
+    for kind in ("calib", "int8_mode1"):
+        file = folder / f"micro_swin_digits_{kind}.safetensors"
+        done(
+            *("--eval", "--resume", file, *DIGITS, "--output", tmp_path, "--eval-images", "8"),
+            *("--opts", "MODEL.NAME", "micro_swin_digits"),
+        )
+        assert (folder / f"eval_micro_swin_digits_{kind}.json").exists()
+    assert (folder / "config.yaml").read_bytes() == before
+    assert (folder / "config_eval.yaml").exists()
+
+
+def test_a_cache_mode_for_plain_folders_is_said_to_change_nothing(
+    demo: Demo, tmp_path: Path
+) -> None:
+    data = write_digits(tmp_path / "digits")
+    argv = ("--eval", "--resume", demo.checkpoint("int8_mode1"), "--data-path", data)
+    ran = done(*argv, "--workers", "0", "--output", tmp_path, "--cache-mode", "full")
+    assert "note: --cache-mode changes nothing" in ran.out
 
 
 @pytest.mark.parametrize(

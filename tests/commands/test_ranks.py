@@ -96,7 +96,9 @@ def test_ranks_that_do_not_divide_the_images_score_like_one_process(
     ran = torchrun(3, *argv, "--workers", "0", "--output", tmp_path / "3")
     assert ran.returncode == 0, ran.stderr
     saved = [
-        json.loads((tmp_path / ranks / file.stem / "default" / "eval.json").read_text())
+        json.loads(
+            (tmp_path / ranks / file.stem / "default" / f"eval_{file.stem}.json").read_text()
+        )
         for ranks in "13"
     ]
     assert saved[0] == saved[1]

@@ -35,6 +35,14 @@ def test_configuration_alone_is_measured_with_random_weights(demo: Demo, tmp_pat
     check(ran, "float, random weights")
 
 
+def test_mode_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    message = refused(
+        *("--throughput", "--cfg", "swin_tiny_patch4_window7_224", "--int8-mode", "1"),
+        *("--output", tmp_path),
+    )
+    assert "--int8-mode 1 is given" in message and "--resume" in message
+
+
 def test_other_mode_than_the_files_is_refused(demo: Demo, tmp_path: Path) -> None:
     message = refused(
         *("--throughput", "--resume", demo.checkpoint("int8_mode2"), "--int8-mode", "1"),
