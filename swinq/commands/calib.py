@@ -46,7 +46,7 @@ class Outcome:
     val: ImageDataset
     files: dict[str, Path]
     judged: list[Judged]
-    seconds: dict[str, float]
+    seconds: float  # that the calibration took, without judging
     notes: list[str]
 
 
@@ -79,7 +79,6 @@ def _calibrate(
         f"calibration: {len(sample)} images of {train.description}, recipe "
         f"{session.config.QUANT.NAME}, {method}, {distributed.world_size()} rank(s)"
     )
-    seconds: dict[str, float] = {}
     started = time.monotonic()
     images = RankImages(session, train, sample)
     bar: console.progress[None] = console.progress(len(images), "calibrating")
@@ -93,9 +92,9 @@ def _calibrate(
             on_image=bar.update,
         )
     found: Calibration = quantized.calibration  # type: ignore[assignment]
-    seconds["calibration"] = time.monotonic() - started
+    seconds = time.monotonic() - started
     console.say(
-        f"calibrated {len(found.histograms)} histograms in {seconds['calibration']:.1f} s; "
+        f"calibrated {len(found.histograms)} histograms in {seconds:.1f} s; "
         f"{len(found.vectors)} layers take a scale per input channel; the residual stream reaches "
         f"{max(found.residual_max.values()):.1f}"
     )

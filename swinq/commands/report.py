@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,10 @@ from swinq.commands.calib import Judged, Outcome
 from swinq.commands.session import Session, weights_of
 from swinq.data.dataset import ImageDataset
 from swinq.data.loader import BatchLoader
-from swinq.data.sampling import calibration_indices
+from swinq.data.sampling import calibration_indices, sample_digest
 from swinq.int8.model import Int8Swin
 from swinq.latency import device_name, measure_latency, measure_together
+from swinq.models.containers import FOLDER_FILES
 from swinq.quant.insert import (
     named_quantizers,
     quantized_layers,
@@ -31,7 +32,7 @@ from swinq.quant.insert import (
     used_quantizers,
 )
 from swinq.report.accuracy import latency_row, model_row
-from swinq.report.environment import describe_file, describe_run
+from swinq.report.environment import describe_file, describe_run, launcher, names_digest
 from swinq.report.layer_error import measure_clipping, measure_layer_errors
 from swinq.report.quantizers import quantizer_row
 from swinq.report.schema import (
@@ -51,6 +52,7 @@ from swinq.report.write import write_report
 LATENCY_WARMUP = 3
 LATENCY_REPEATS = 31  # forwards of each model, fewer where they take long
 LATENCY_SECONDS = 10.0  # that the float model's repeats may take
+DIGESTED_IMAGES = 5_000  # evaluation images that are read once more, for the digest of their bytes
 
 
 def write(session: Session, outcome: Outcome) -> Path:
@@ -64,19 +66,21 @@ def write(session: Session, outcome: Outcome) -> Path:
     set_int8_mode(outcome.quantized, session.modes[0])
     images = config.REPORT.SENSITIVITY_IMAGES
     batches = _sample_images(session, outcome.val, images) if images else []
+    data, notes = _data(session, outcome)
     report = Report(
         model=session.name,
         run=describe_run(_command(), session.device, device_name("cpu")),
         configuration=Configuration(configuration.dump(config), dict(config.origins)),
-        models=[_model_row(judged, outcome) for judged in outcome.judged],
+        models=[_model_row(session, judged, outcome) for judged in outcome.judged],
         files=_files(session, outcome),
-        data=_data(session, outcome),
+        data=data,
         quantizers=_quantizers(session, outcome, batches),
         layer_errors=_layer_errors(outcome, batches),
         layer_error_images=sum(map(len, batches)),
         sensitivity=_sensitivity(session, outcome, batches) if batches else None,
         latency=_latency(session, outcome),
-        notes=outcome.notes,
+        warnings=_warnings(outcome),
+        notes=[*outcome.notes, *notes],
     )
     paths = write_report(report, session.folder)
     if config.REPORT.TENSORBOARD:
@@ -88,11 +92,19 @@ def write(session: Session, outcome: Outcome) -> Path:
 
 def _command() -> list[str]:
     """The command as a user would repeat it."""
-    return ["torchrun", "swinq/main.py", *sys.argv[1:]]
+    return [*launcher(), *sys.argv[1:]]
 
 
-def _model_row(judged: Judged, outcome: Outcome) -> Any:
-    path = outcome.files.get(judged.name)
+def _checkpoint(session: Session) -> Path | None:
+    """The file that holds the weights; of a folder from the hub the one that is read."""
+    source = weights_of(session.config)
+    if source is None or source.is_file():
+        return source
+    return next((source / name for name in FOLDER_FILES if (source / name).is_file()), None)
+
+
+def _model_row(session: Session, judged: Judged, outcome: Outcome) -> Any:
+    path = _checkpoint(session) if judged.kind == "float" else outcome.files.get(judged.name)
     return model_row(
         judged.name,
         judged.kind,  # type: ignore[arg-type]
@@ -104,15 +116,41 @@ def _model_row(judged: Judged, outcome: Outcome) -> Any:
 
 
 def _files(session: Session, outcome: Outcome) -> list[InputFile]:
-    source = weights_of(session.config)
-    files = [describe_file("checkpoint", source)] if source and source.is_file() else []
+    source = _checkpoint(session)
+    files = [describe_file("checkpoint", source)] if source else []
     return files + [describe_file(label, path) for label, path in outcome.files.items()]
 
 
-def _data(session: Session, outcome: Outcome) -> list[DataSummary]:
+def _warnings(outcome: Outcome) -> list[str]:
+    """What a reader has to know before any figure."""
+    made_up = [
+        role
+        for role, images in (("calibration", outcome.train), ("evaluation", outcome.val))
+        if images.synthetic
+    ]
+    if not made_up:
+        return []
+    return [
+        f"The {' and '.join(made_up)} images are random pixels (--data-path fake): accuracies and "
+        "ranges in this report mean nothing."
+    ]
+
+
+def _data(session: Session, outcome: Outcome) -> tuple[list[DataSummary], list[str]]:
+    """Both sets of images, and what there is to say of how they were used."""
+    notes = [f"The calibration took {outcome.seconds:.1f} s."]
     transform = str(session.transform(outcome.float_model))
     evaluated = outcome.judged[0].scores.images if outcome.judged else 0
-    return [
+    digest = ""
+    if evaluated:
+        chosen = session.evaluation_indices(outcome.val) or range(len(outcome.val))
+        digest = _evaluation_digest(outcome.val, chosen)
+        if len(chosen) > DIGESTED_IMAGES:
+            notes.append(
+                f"The digest of the {len(chosen):,} evaluation images is of their names and "
+                f"labels; up to {DIGESTED_IMAGES:,} images it is of their bytes too."
+            )
+    summaries = [
         DataSummary(
             "calibration",
             outcome.train.description,
@@ -127,9 +165,18 @@ def _data(session: Session, outcome: Outcome) -> list[DataSummary]:
             evaluated,
             len(outcome.val.classes),
             transform,
+            digest,
             class_names=list(outcome.val.classes),
         ),
     ]
+    return summaries, notes
+
+
+def _evaluation_digest(dataset: ImageDataset, chosen: Sequence[int]) -> str:
+    """Exact for few images; for many, where reading all would cost a pass, by name and label."""
+    if len(chosen) <= DIGESTED_IMAGES:
+        return sample_digest(dataset, chosen)
+    return names_digest((dataset.path(i), int(dataset.labels[i])) for i in sorted(chosen))
 
 
 def _sample_images(session: Session, dataset: ImageDataset, count: int) -> list[Tensor]:
@@ -190,9 +237,20 @@ def _sensitivity(session: Session, outcome: Outcome, batches: list[Tensor]) -> S
         return iter(console.progress(names, "sensitivity"))
 
     measured = measure_sensitivity(layers, predict, set_quantized, progress=progress)
-    recipe = yaml.safe_dump({"QUANT": model.quant_spec.to_config()}, sort_keys=False)  # type: ignore[operator,union-attr]
-    measured.suggestion = suggest_exclusions(measured, predict, set_quantized, recipe)
+    recipe = {"QUANT": model.quant_spec.to_config(), **_recipe_sections(session.config)}  # type: ignore[operator,union-attr]
+    text = yaml.safe_dump(recipe, sort_keys=False)
+    measured.suggestion = suggest_exclusions(measured, predict, set_quantized, text)
     return measured
+
+
+def _recipe_sections(config: configuration.Config) -> dict[str, dict[str, Any]]:
+    """What the run's recipe stated beside QUANT, which the advised one in its place repeats."""
+    sections: dict[str, dict[str, Any]] = {}
+    for key, value in configuration.leaves(config):
+        section, _, name = key.partition(".")
+        if section in ("CALIB", "INT8") and config.origins.get(key, "").startswith("recipe "):
+            sections.setdefault(section, {})[name] = value
+    return sections
 
 
 def _latency(session: Session, outcome: Outcome) -> list[LatencyRow]:
@@ -250,18 +308,18 @@ def _print_summary(report: Report, paths: dict[str, Path], seconds: float) -> No
 def _next_command(session: Session, outcome: Outcome, paths: dict[str, Path]) -> str:
     """What a user most likely does now; flags of this run that still mean something are kept."""
     if session.config.DEMO:
-        return (
-            "torchrun swinq/main.py --calib --resume swin_tiny_patch4_window7_224.pth "
-            "--data-path /data/imagenet"
-        )
+        weights = "swin_tiny_patch4_window7_224.pth"
+        flags = ["--calib", "--resume", weights, "--data-path", "/data/imagenet"]
+        return shlex.join([*launcher(), *flags])
     if "recipe" in paths:
         return _command_with({"--recipe": str(paths["recipe"]), "--tag": "excluded"})
     exported = outcome.files.get(f"INT8 mode {session.modes[0]}")
     if exported is None:  # the recipe exists as fake quantization only
         return _command_with({"--recipe": "int8", "--tag": "int8"})
     data = session.config.DATA.DATA_PATH if outcome.val.labelled else "LABELLED_IMAGES"
-    zipped = " --zip" if session.config.DATA.ZIP_MODE else ""
-    return f"torchrun swinq/main.py --eval --resume {exported} --data-path {data}{zipped}"
+    zipped = ["--zip"] if session.config.DATA.ZIP_MODE else []
+    flags = ["--eval", "--resume", str(exported), "--data-path", data, *zipped]
+    return shlex.join([*launcher(), *flags])
 
 
 def _command_with(flags: dict[str, str]) -> str:

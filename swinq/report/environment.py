@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -18,6 +19,22 @@ from swinq.report.schema import Environment, InputFile, Run
 
 PACKAGES = ("torchvision", "timm", "numpy", "safetensors", "pillow")
 _CHUNK = 1 << 20  # bytes read at once
+
+
+def launcher() -> list[str]:
+    """The words before the flags in the command that started this: plain Python or torchrun.
+
+    Where to meet (--rdzv_endpoint, --node_rank) is left out: it differs from node to node.
+    """
+    if not {"TORCHELASTIC_RUN_ID", "WORLD_SIZE"} & os.environ.keys():
+        return ["python", "swinq/main.py"]
+    words, world = ["torchrun"], distributed.world_size()
+    here = max(1, int(os.environ.get("LOCAL_WORLD_SIZE", world)))
+    if world > here:
+        words += ["--nnodes", str(-(-world // here))]
+    if here > 1:
+        words += ["--nproc_per_node", str(here)]
+    return [*words, "swinq/main.py"]
 
 
 def describe_run(arguments: Sequence[str], device: torch.device | str, cpu: str) -> Run:
@@ -67,6 +84,17 @@ def describe_file(role: str, path: Path | str) -> InputFile:
     except OSError as error:
         raise DataError(f"{role} {path} cannot be read: {error.strerror}") from error
     return InputFile(role, str(path), digest.hexdigest(), size)
+
+
+def names_digest(images: Iterable[tuple[str, int]]) -> str:
+    """SHA-256 over names and labels: says which images were meant, not what they looked like."""
+    digest = hashlib.sha256()
+    for name, label in images:
+        word = name.encode("utf-8", "surrogateescape")
+        digest.update(
+            len(word).to_bytes(8, "little") + word + label.to_bytes(8, "little", signed=True)
+        )
+    return digest.hexdigest()
 
 
 def _version(package: str) -> str:

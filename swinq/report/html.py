@@ -102,7 +102,7 @@ def _gain_cards(report: Report) -> list[Card]:
     whole = next((row.size_bytes for row in report.models if row.kind == "float"), None)
     small = next((row.size_bytes for row in report.models if row.kind == "int8"), None)
     if whole and small:
-        detail = f"of {figures.size(whole)}"
+        detail = f"against {figures.size(whole)} of the checkpoint"
         figure, unit = figures.size(small).split()
         made.append(Card("INT8 file", figure, unit, detail))
     return made

@@ -21,10 +21,10 @@ def to_markdown(report: Report) -> str:
 def _lines(report: Report) -> Iterator[str]:
     yield f"# {_text(headline(report))}"
     yield f"\n{_text(report.model)}, {_text(report.run.date)}, swinq {report.run.swinq_version}\n"
-    for verdict in report.verdicts:
-        yield f"- {_SYMBOLS[verdict.level]} {_text(verdict.text)}"
     for text in report.warnings:
         yield f"- ⚠ {_text(text)}"
+    for verdict in report.verdicts:
+        yield f"- {_SYMBOLS[verdict.level]} {_text(verdict.text)}"
     for text in report.notes:
         yield f"- • {_text(text)}"
     yield "\n## Accuracy\n"

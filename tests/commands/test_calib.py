@@ -1,6 +1,7 @@
 """--calib: the demo whole, recipes of every kind, unlabelled images, and files that repeat."""
 
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from swinq import cli
 from swinq import config as configuration
+from swinq.commands import report as report_command
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.export.reader import read_checkpoint
 from swinq.flags import parse
 from swinq.models.architecture import Architecture
+from swinq.report.figures import size
 from swinq.report.schema import Report, from_json
 from tests.commands.command_line import (
     FEW,
@@ -64,7 +67,7 @@ def test_demo_says_that_it_is_one_and_what_to_do_next(demo: Demo) -> None:
     out = demo.ran.out
     assert "demo: the shipped micro-Swin on scikit-learn's handwritten digits" in out
     assert f"report: {demo.folder / 'report.html'}" in out
-    assert out.splitlines()[-1].startswith("next: torchrun swinq/main.py --calib --resume ")
+    assert out.splitlines()[-1].startswith("next: python swinq/main.py --calib --resume ")
     assert "calibrating: 80/80" in demo.ran.err
 
 
@@ -110,9 +113,48 @@ def test_demo_reports_layers_ranges_and_latency(demo: Demo) -> None:
     assert set(roles) == {"checkpoint", "calibrated", "INT8 mode 1", "INT8 mode 2"}
     calibration, evaluation = report.data
     assert (calibration.images, evaluation.images) == (80, 355)
-    assert len(calibration.sha256) == 64
-    command = f"torchrun swinq/main.py --calib --output {demo.folder.parents[1]}"
+    assert len(calibration.sha256) == len(evaluation.sha256) == 64
+    assert calibration.sha256 != evaluation.sha256
+    command = f"python swinq/main.py --calib --output {demo.folder.parents[1]}"
     assert report.run.command == f"{command} --sensitivity-images 2"
+
+
+def test_demo_report_compares_the_int8_file_with_the_checkpoint(demo: Demo) -> None:
+    float_row = report_of(demo.folder).models[0]
+    assert float_row.size_bytes == CHECKPOINT.stat().st_size
+    page = (demo.folder / "report.html").read_text()
+    assert "INT8 file" in page and f"against {size(float_row.size_bytes)} of the checkpoint" in page
+    assert any("calibration took" in note for note in report_of(demo.folder).notes)
+    assert report_of(demo.folder).warnings == []
+
+
+def test_commands_that_are_advised_keep_the_ranks_and_quote_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "two words"
+    words = ["torchrun", "--nproc_per_node", "8", "swinq/main.py"]
+    monkeypatch.setattr(report_command, "launcher", lambda: words)
+    ran = done("--calib", *DIGITS, *FEW, "--output", output, "--int8-mode", "1")
+    advised = shlex.split(ran.out.splitlines()[-1].removeprefix("next: "))
+    assert advised[:4] == words and advised[4] == "--eval"
+    assert Path(advised[advised.index("--resume") + 1]).is_file()
+    assert shlex.split(report_of(folder_of(output)).run.command)[:5] == [*words, "--calib"]
+
+
+def test_large_evaluation_sets_are_digested_by_name_and_a_hub_folder_by_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report_command, "DIGESTED_IMAGES", 19)  # one fewer than are evaluated
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    shutil.copy(CHECKPOINT, hub / "model.safetensors")
+    data = ("--data-path", "digits", "--workers", "0")
+    done("--calib", "--resume", hub, *data, *FEW, "--output", tmp_path, "--int8-mode", "1")
+    made = report_of(folder_of(tmp_path, "hub"))
+    assert len(made.data[1].sha256) == 64
+    assert any("20 evaluation images is of their names" in note for note in made.notes)
+    assert made.files[0].path == str(hub / "model.safetensors")
+    assert made.models[0].size_bytes == made.files[0].size_bytes
 
 
 def test_int8_files_describe_their_calibration(demo: Demo) -> None:
@@ -166,6 +208,8 @@ def test_version_two_goes_the_whole_way(tmp_path: Path, tiny_architecture_v2: Ar
     for row in report.models[1:]:
         assert row.comparison is not None and row.comparison.agreement_percent >= 90
     assert "FAKE random images" in ran.out
+    (warning,) = report.warnings
+    assert "random pixels" in warning and "mean nothing" in warning
     file = read_checkpoint(folder_of(tmp_path, "tiny_v2") / "tiny_v2_int8_mode1.safetensors")
     assert file.architecture == tiny_architecture_v2
     scales = file.tensors["layers.1.blocks.0.attn.q_scale"]
@@ -283,9 +327,12 @@ def hidden_by_an_outlier() -> dict[str, Tensor]:
 
 def test_suggested_recipe_can_be_run_at_once(tmp_path: Path) -> None:
     weights = changed_micro_swin(tmp_path / "outlier.safetensors", hidden_by_an_outlier())
+    path = tmp_path / "own.yaml"
+    calib = {"METHOD": "mse", "NUM_BATCHES": 2}
+    path.write_text(yaml.safe_dump({"QUANT": {"BIAS_CORRECTION": False}, "CALIB": calib}))
     ran = done(
         *("--calib", "--resume", weights, "--data-path", "digits", "--workers", "0", "--tag=first"),
-        *("--num-calib-batch", "2", "--eval-images", "80", "--batch-size", "40"),
+        *("--recipe", path, "--eval-images", "80", "--batch-size", "40"),
         *("--sensitivity-images", "6", "--output", tmp_path),
     )
     folder = folder_of(tmp_path, "outlier", "first")
@@ -295,6 +342,8 @@ def test_suggested_recipe_can_be_run_at_once(tmp_path: Path) -> None:
     _, script, *words = shlex.split(ran.out.splitlines()[-1].removeprefix("next: "))
     assert script == "swinq/main.py"
     assert words[words.index("--recipe") + 1] == str(folder / "suggested_recipe.yaml")
+    suggested = yaml.safe_load((folder / "suggested_recipe.yaml").read_text())
+    assert suggested["CALIB"] == calib and suggested["QUANT"]["BIAS_CORRECTION"] is False
     again = done(*words)
     before, after = (float(r.row("INT8 mode 1")[6]) for r in (ran, again))  # agreement with float
     assert after > before

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swinq.errors import DataError
-from swinq.report.environment import describe_file, describe_run
+from swinq.report.environment import describe_file, describe_run, launcher, names_digest
 
 
 def test_a_run_says_how_to_repeat_it() -> None:
@@ -20,6 +20,38 @@ def test_a_run_says_how_to_repeat_it() -> None:
     assert run.environment.device == run.environment.cpu == "Some Processor"
     assert run.environment.torch == torch.__version__
     assert run.environment.ranks == 1 and "timm" in run.environment.packages
+
+
+@pytest.mark.parametrize(
+    ("environment", "words"),
+    [
+        ({}, "python swinq/main.py"),
+        ({"WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}, "torchrun swinq/main.py"),
+        (
+            {"WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nproc_per_node 8 swinq/main.py",
+        ),
+        (
+            {"WORLD_SIZE": "16", "LOCAL_WORLD_SIZE": "8"},
+            "torchrun --nnodes 2 --nproc_per_node 8 swinq/main.py",
+        ),
+    ],
+)
+def test_a_run_is_repeated_the_way_it_was_started(
+    environment: dict[str, str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert " ".join(launcher()) == words
+
+
+def test_digest_of_names_tells_other_labels_and_other_borders() -> None:
+    first = names_digest([("ab", 0), ("c", 1)])
+    others = ([("ab", 0), ("c", 2)], [("a", 0), ("bc", 1)], [("ab", 0)])
+    assert first == names_digest([("ab", 0), ("c", 1)])
+    assert all(names_digest(other) != first for other in others)
 
 
 def test_a_file_has_its_digest_and_size(tmp_path: Path) -> None:

@@ -195,6 +195,21 @@ def test_advice_of_an_earlier_run_does_not_stay(tmp_path: Path) -> None:
     assert not (tmp_path / "suggested_recipe.yaml").exists()
 
 
+def test_warnings_come_before_every_figure_and_verdict() -> None:
+    report = made_up_report((1,))
+    report.verdicts, report.warnings = judge(report), ["The images are made up."]
+    html, markdown = Page(to_html(report)).text, to_markdown(report)
+    for text in (html, markdown):
+        assert text.count("The images are made up.") == 1
+        assert text.index("The images are made up.") < text.index(report.verdicts[0].text)
+    assert html.index("made up.") < html.index("INT8 file")
+
+
+def test_int8_file_is_held_against_the_checkpoint(whole_page: str) -> None:
+    text = " ".join(Page(whole_page).text.split())
+    assert "INT8 file28.5 MBagainst 110 MB of the checkpoint" in text
+
+
 def test_csv_is_one_tidy_table() -> None:
     report = made_up_report((1, 1))
     rows = list(csv.DictReader(io.StringIO(to_csv(report))))
