@@ -30,7 +30,7 @@ from swinq.quant.quantizer import TensorQuantizer
 from swinq.quant.spec import QuantSpec
 from swinq.quant.stream import stream_modules
 
-SAMPLED_ROWS = 2048  # of each Linear's input, over all images
+SAMPLED_ROWS = 2048  # of each Linear's input, over all images; at least one of every image
 
 # A channel's largest value among fewer tokens says too little of what other images hold: with 384
 # tokens vectors were measured to cost accuracy, with 1,280 they gain it.
@@ -165,7 +165,7 @@ class _Collected:
                 attached.remove()
 
     def check(self, image: int) -> None:
-        """Stop at the first tensor, in the order of the forward, that is not finite."""
+        """Stop if a tensor is not finite; the first in the model's order of modules is named."""
         watched = {**self.observers, **self.stream_observers}
         peaks = torch.stack([o.peak for o in watched.values()])
         if bool(torch.isfinite(peaks).all()):

@@ -81,7 +81,7 @@ class HistogramObserver(MaxObserver):
     """The maximum, and exact counts of |x| in bins that depend on the value alone.
 
     Attributes:
-        counts: (BINS,) int64, on the CPU.
+        counts: (BINS,) int64, on the model's device.
     """
 
     def __init__(

@@ -47,6 +47,9 @@ from swinq.quant.spec import QuantSpec
 
 Model = nn.Module | Int8Swin
 
+# Float means fp32: cuDNN would round the patch embedding's operands to TF32.
+torch.backends.cudnn.allow_tf32 = False
+
 
 def load(
     path: str | os.PathLike[str],
@@ -78,6 +81,11 @@ def load(
     require_unchanged(loaded)
     model = float_model(loaded, architecture if resize else None)
     if loaded.amax and ranges:
+        if resize and architecture != loaded.architecture:
+            raise CheckpointError(
+                f"{path} was calibrated at other windows than asked for: its ranges do not fit",
+                "calibrate anew: torchrun swinq/main.py --calib --pretrained FILE --cfg MODEL",
+            )
         spec = spec_of(loaded) or recipe_spec(
             "fastertransformer" if loaded.layout == "fastertransformer" else "int8"
         )

@@ -23,6 +23,7 @@ from swinq.errors import (
     SwinqError,
 )
 from swinq.evaluate import compare
+from swinq.export.calibrated import write_calibrated
 from swinq.export.reader import read_checkpoint
 from swinq.int8.model import Int8Swin
 from swinq.models.architecture import Architecture
@@ -203,6 +204,17 @@ def test_transform_travels_from_the_float_file_to_the_int8_one(
     path = swinq.export_model(quantized, tmp_path / "x.safetensors", int8_mode=1, transform=mine)
     assert api.transform_of(swinq.load(path)) == mine
     assert read_checkpoint(path).transform == mine.to_dict()
+
+
+def test_ranges_of_other_windows_are_refused(quantized: nn.Module, tmp_path: Path) -> None:
+    path = write_calibrated(
+        tmp_path / "calib.safetensors", quantized, calibration={}, classes=None, transform={}
+    )
+    arch = Architecture.from_dict({**quantized.arch.to_dict(), "img_size": 64, "window_size": 8})
+    with pytest.raises(CheckpointError, match="calibrated at other windows"):
+        swinq.load(path, architecture=arch, resize=True)
+    larger = swinq.load(path, architecture=arch, resize=True, ranges=False)
+    assert larger.arch == arch and not hasattr(larger, "quant_spec")
 
 
 def test_transform_of_another_size_is_not_taken(model: nn.Module) -> None:

@@ -29,7 +29,7 @@ def scale_and_inverse(amax: Tensor) -> tuple[Tensor, Tensor]:
     NaN (uncalibrated) stays NaN.
     """
     amax = amax.float()
-    scale = amax / QMAX
+    scale = amax / torch.full_like(amax, QMAX)  # CUDA multiplies by 1/127 if given the number
     inverse = 1.0 / scale
     dead = amax < SMALLEST_AMAX
     zero = torch.zeros_like(scale)

@@ -49,6 +49,8 @@ def quantize_model(model: nn.Module, spec: QuantSpec) -> nn.Module:
         setattr(model.get_submodule(parent), last, kind(module, spec, precision[name]))
     for name, quantizer in named_quantizers(model).items():
         quantizer.name = name
+    for pattern in spec.allow_dead:
+        _matches(pattern, list(named_quantizers(model)), "quantizer")
     model.quant_spec = spec  # type: ignore[assignment]
     return model.to(next(model.parameters()).device)  # the quantizers' buffers too
 
@@ -82,14 +84,7 @@ def resolve_precisions(names: Sequence[str], rules: Sequence[LayerRule]) -> dict
     """
     precision = dict.fromkeys(names, "int8")
     for rule in rules:
-        matched = [name for name in names if fnmatchcase(name, rule.pattern)]
-        if not matched:
-            near = difflib.get_close_matches(rule.pattern, names, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"the recipe's pattern {rule.pattern!r} matches no layer",
-                f"layers are named like {near[0]!r}" if near else "the model has no such layers",
-            )
-        for name in matched:
+        for name in _matches(rule.pattern, names, "layer"):
             kind = name.rpartition(".")[2]
             if rule.precision == "int8-unrounded" and kind not in ("proj", "fc2", "reduction"):
                 raise ConfigError(
@@ -99,6 +94,18 @@ def resolve_precisions(names: Sequence[str], rules: Sequence[LayerRule]) -> dict
                 )
             precision[name] = rule.precision
     return precision
+
+
+def _matches(pattern: str, names: Sequence[str], what: str) -> list[str]:
+    """The names that match; a pattern that matches nothing is a mistake."""
+    matched = [name for name in names if fnmatchcase(name, pattern)]
+    if not matched:
+        near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+        raise ConfigError(
+            f"the recipe's pattern {pattern!r} matches no {what}",
+            f"{what}s are named like {near[0]!r}" if near else f"the model has no {what}s",
+        )
+    return matched
 
 
 def quantized_layers(model: nn.Module) -> dict[str, QuantizedLayer]:

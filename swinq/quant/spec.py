@@ -29,6 +29,9 @@ class LayerRule:
 class QuantSpec:
     """A quantization recipe, as data.
 
+    Without arguments it is the plainest recipe that can be exported; the one in force is the
+    configuration's QUANT section.
+
     Attributes:
         weight_granularity: "per_channel" (one scale per output row) or "per_tensor".
         migration: exponents tried per layer for an input-scale vector; none is always tried.

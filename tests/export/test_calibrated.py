@@ -130,6 +130,15 @@ def change_recipe(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     metadata["recipe"] = metadata["recipe"].replace("1.1", "1.2")
 
 
+def damage_digests(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata["digests"] = metadata["digests"][:-5]
+
+
+def rename_format(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    metadata["format"] = "swinq-calibrbted"
+    tensors["head.weight"][0, 0] += 1
+
+
 def drop_digests(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     del metadata["digests"]
 
@@ -144,6 +153,8 @@ def drop_digests(tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
         (drop_range, "layers.0.blocks.0.attn.v_quantizer._amax"),
         (change_recipe, "__metadata__"),
         (drop_digests, "sha256"),
+        (damage_digests, "sha256"),
+        (rename_format, "head.weight"),
     ],
 )
 def test_changed_file_is_refused(

@@ -134,6 +134,13 @@ def test_a_pattern_that_matches_nothing_is_an_error_with_the_nearest_name() -> N
         resolve_precisions([], [LayerRule("*", "fp16")])
 
 
+def test_a_dead_pattern_that_matches_nothing_is_an_error_too(
+    tiny_architecture: Architecture,
+) -> None:
+    with pytest.raises(ConfigError, match=r"'layers\.9\.\*' matches no quantizer"):
+        quantize_model(tiny_swin(tiny_architecture), QuantSpec(allow_dead=("layers.9.*",)))
+
+
 @pytest.mark.parametrize("name", NAMES[:2])
 def test_unrounded_is_refused_where_the_consumer_quantizes_anyway(name: str) -> None:
     with pytest.raises(ConfigError, match=f"int8-unrounded for {name} "):
