@@ -188,7 +188,11 @@ def test_calibrating_again_gives_the_same_tensors(demo: Demo, tmp_path: Path) ->
         first = tensors_of(demo.checkpoint(kind))
         second = tensors_of(folder / f"micro_swin_digits_{kind}.safetensors")
         assert first.keys() == second.keys()
-        assert all(torch.equal(first[name], second[name]) for name in first), kind
+        for name, tensor in first.items():
+            if name.endswith("_amax") and tensor.isnan().all():  # of a quantizer that no mode uses
+                assert second[name].isnan().all(), name
+            else:
+                assert torch.equal(tensor, second[name]), (kind, name)
 
 
 def test_version_two_goes_the_whole_way(tmp_path: Path, tiny_architecture_v2: Architecture) -> None:
