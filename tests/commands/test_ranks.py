@@ -52,7 +52,9 @@ def check_same(first: Path, second: Path) -> None:
         name = f"micro_swin_digits_{kind}.safetensors"
         ours, theirs = tensors_of(first / name), tensors_of(second / name)
         assert ours.keys() == theirs.keys()
-        assert [n for n in ours if not torch.equal(ours[n], theirs[n])] == []
+        # bytes: the ranges of quantizers that no mode uses are NaN
+        different = [n for n in ours if ours[n].numpy().tobytes() != theirs[n].numpy().tobytes()]
+        assert different == []
         assert (first / name).read_bytes() == (second / name).read_bytes()  # metadata too
     reports = [from_json((folder / "report.json").read_text()) for folder in (first, second)]
     assert reports[0].models == reports[1].models
