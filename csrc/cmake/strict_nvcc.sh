@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Runs the compiler that it is given and fails where that only warns of slow code: registers or arrays
+# in local memory, and wgmma instructions that wait for one another (C7508 and its kin).
+set -uo pipefail
+
+said="$("$@" 2>&1)"
+status=$?
+if [[ -n "$said" ]]; then
+    printf '%s\n' "$said" >&2
+fi
+((status == 0)) || exit "$status"
+
+slow='[Rr]egisters are spilled|[Ll]ocal memory (used|usage)|C75[01][0-9]|wgmma.*serializ'
+if grep -qE "$slow" <<<"$said"; then
+    printf 'swinq: the warnings above mean slow code: %s\n' \
+        "use fewer registers a thread, index arrays by constants, and read no accumulator in flight" >&2
+    while (($# > 1)); do
+        [[ "$1" != "-o" ]] || rm -f "$2" # so that the next build compiles it again
+        shift
+    done
+    exit 1
+fi

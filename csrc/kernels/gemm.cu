@@ -1,0 +1,138 @@
+// gemm(): checks the arguments, picks a tile, calls the kernel.
+#include "gemm.h"
+
+#include "gemm_dispatch.cuh"
+
+namespace swinq {
+
+namespace {
+
+constexpr int kMma = 0, kWgmma = 1;
+
+// Every tile that exists, larger ones first.
+constexpr GemmTile kTiles[] = {
+    {kWgmma, 128, 256}, {kWgmma, 128, 192}, {kWgmma, 128, 128}, {kWgmma, 128, 96},
+    {kWgmma, 64, 128},  {kWgmma, 64, 96},   {kWgmma, 64, 64},   {kMma, 128, 128},
+    {kMma, 128, 96},    {kMma, 64, 64},     {kMma, 64, 32},
+};
+
+bool exists(const GemmTile& tile, Type operand) {
+    if (tile.instruction == kWgmma) return operand != Type::kFloat && compute_capability() == 90;
+    return operand != Type::kFloat || tile.rows == 64;
+}
+
+std::string text(const GemmArguments& g) {
+    return "m " + std::to_string(g.m) + ", n " + std::to_string(g.n) + ", k " + std::to_string(g.k);
+}
+
+void require(bool holds, const GemmArguments& g, const std::string& what) {
+    if (!holds) throw Error(Error::kInvalidArgument, "gemm (" + text(g) + "): " + what);
+}
+
+bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+
+void check(const GemmArguments& g) {
+    require(g.m >= 0 && g.n > 0 && g.k > 0, g, "sizes must be positive");
+    require(g.n % 8 == 0, g, "n must be a multiple of 8");
+    require(g.k * size_of(g.operand) % 16 == 0, g,
+            "rows of k must be multiples of 16 bytes; pad k with zeros");
+    require(g.a && g.w && g.out && g.bias, g, "a, w, out and bias must not be null");
+    require(aligned(g.a) && aligned(g.w) && aligned(g.out), g, "a, w and out must be aligned to 16");
+    require(g.operand != Type::kInt8 || g.factor, g, "int8 operands need factor");
+    require(g.output != Output::kCodes || g.out_inverse, g, "codes need out_inverse");
+    require(!g.out_scale || g.out_inverse, g, "out_scale needs out_inverse");
+    for (const float* vector : {g.factor, g.bias, g.out_inverse, g.out_scale}) {
+        require(aligned(vector), g, "factor, bias, out_inverse and out_scale must be aligned to 16");
+    }
+    require(g.activation != Activation::kNormalize || g.n % (3 * kHeadDim) == 0, g,
+            "normalized heads need n = 3 * heads * 32");
+    if (g.norm == Norm::kNone) return;
+    require(can_normalize(g.operand, g.n), g, "no kernel with a norm for this n on this device");
+    require(g.output == Output::kResidual || g.output == Output::kStream, g,
+            "a norm goes with the residual stream");
+    require(g.stream == Type::kHalf && g.activation == Activation::kNone, g,
+            "a norm needs an fp16 stream and no activation");
+    require(g.norm_gamma && g.norm_beta, g, "a norm needs gamma and beta");
+    const bool before = g.norm == Norm::kBefore;
+    require(g.norm_operand || !before, g, "a norm before the next layer needs norm_operand");
+    require(g.norm_type == Type::kInt8 || (before && g.norm_type == Type::kHalf), g,
+            "norm_type must be int8, or half with a norm before the next layer");
+    require(!g.norm_operand || g.norm_type != Type::kInt8 || g.norm_inverse, g,
+            "codes need norm_inverse");
+    require(aligned(g.norm_operand), g, "norm_operand must be aligned to 16");
+    for (const float* vector : {g.norm_gamma, g.norm_beta, g.norm_inverse}) {
+        require(aligned(vector), g, "norm_gamma, norm_beta and norm_inverse must be aligned to 16");
+    }
+}
+
+}  // namespace
+
+[[noreturn]] void refuse_epilogue(const GemmArguments& g) {
+    throw Error(Error::kUnsupported,
+                "gemm (" + text(g) + "): no kernel for operand " +
+                    std::to_string(static_cast<int>(g.operand)) + ", activation " +
+                    std::to_string(static_cast<int>(g.activation)) + ", output " +
+                    std::to_string(static_cast<int>(g.output)) + ", stream " +
+                    std::to_string(static_cast<int>(g.stream)));
+}
+
+[[noreturn]] void refuse_tile(const GemmArguments& g, const GemmTile& tile) {
+    throw Error(Error::kInvalidArgument,
+                "gemm (" + text(g) + "): no tile " + std::to_string(tile.rows) + " x " +
+                    std::to_string(tile.columns) + " of instruction " +
+                    std::to_string(tile.instruction) + " here; list_tiles() gives those there are");
+}
+
+int list_tiles(const GemmArguments& g, GemmTile* tiles, int capacity) {
+    int count = 0;
+    for (const GemmTile& tile : kTiles) {
+        if (!exists(tile, g.operand)) continue;
+        if (count < capacity) tiles[count] = tile;
+        ++count;
+    }
+    return count;
+}
+
+// The tile whose busiest multiprocessor has the least to do: columns and rows to compute, and about 40
+// columns' worth of start and end for each block of 64 rows. Measured on an H100 over all layers of
+// Swin-T, B and L (benchmarks/), this picks the best tile or one within 10 % of it.
+GemmTile default_tile(const GemmArguments& g) {
+    const int64_t sms = multiprocessors();
+    const bool hopper = exists({kWgmma, 128, 128}, g.operand);
+    GemmTile best = {kMma, 64, 32};
+    int64_t least = INT64_MAX;
+    for (const GemmTile& tile : kTiles) {
+        if (!exists(tile, g.operand) || (tile.instruction == kWgmma) != hopper) continue;
+        const int64_t blocks = ceil_div(g.m, tile.rows) * ceil_div(g.n, tile.columns);
+        // wide tiles leave room for one block a multiprocessor: only where no more are needed
+        if (tile.columns > 128 && (blocks > sms || tile.columns > 192)) continue;
+        const int64_t work = ceil_div(blocks, sms) * (tile.rows * tile.columns / 64 + 40);
+        if (work < least) {
+            least = work;
+            best = tile;
+        }
+    }
+    return best;
+}
+
+void gemm(const GemmArguments& g, const GemmTile* wanted, cudaStream_t stream) {
+    check(g);
+    if (g.m == 0) return;
+    if (g.norm != Norm::kNone) return gemm_norm(g, stream);
+    const GemmTile tile = wanted ? *wanted : default_tile(g);
+    if (!exists(tile, g.operand)) refuse_tile(g, tile);
+    if (tile.instruction == kWgmma) {
+        return (g.operand == Type::kInt8 ? gemm_wgmma_int8 : gemm_wgmma_half)(g, tile, stream);
+    }
+    if (tile.instruction != kMma) refuse_tile(g, tile);
+    switch (g.operand) {
+        case Type::kInt8:
+            return gemm_mma_int8(g, tile, stream);
+        case Type::kHalf:
+            return gemm_mma_half(g, tile, stream);
+        case Type::kFloat:
+            return gemm_mma_float(g, tile, stream);
+    }
+}
+
+}  // namespace swinq

@@ -1,0 +1,103 @@
+// Host side of the fused MLP: the weights' order, checks, launch. Compiled for sm_90a only.
+#include "mlp.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "arguments.h"
+#include "mlp_kernel.cuh"
+
+namespace swinq {
+namespace {
+
+// The thread's place in a fragment is free: it takes 8 neighbours (see the top of the file).
+constexpr int channel_of_byte(int byte) { return byte % 16 / 4 * 8 + byte / 16 * 4 + byte % 4; }
+constexpr int channel_of_row(int row) { return row % 8 / 2 * 8 + row / 8 * 2 + row % 2; }
+
+// (rows, k) into units of `unit_rows` rows and 32 bytes of k, four units a slab.
+void lay_out(const int8_t* weight, int rows, int k, int unit_rows, int8_t* laid_out) {
+    const int blocks = k / kGroup;
+    for (int unit = 0; unit < rows / unit_rows * blocks; ++unit) {
+        int8_t* const slab = laid_out + int64_t{unit / 4} * unit_rows * 128;
+        for (int r = 0; r < unit_rows; ++r) {
+            const int row = unit / blocks * unit_rows + r / kGroup * kGroup + channel_of_row(r % kGroup);
+            const int8_t* const from = weight + int64_t{row} * k + unit % blocks * kGroup;
+            for (int b = 0; b < kGroup; ++b) {
+                slab[swizzle_128(r * 128 + unit % 4 * kGroup + b)] = from[channel_of_byte(b)];
+            }
+        }
+    }
+}
+
+void require_sizes(int channels, int hidden) {
+    if ((channels == 96 || channels == 128 || channels == 192) && hidden == kExpansion * channels) {
+        return;
+    }
+    throw Error(Error::kUnsupported,
+                "mlp: " + std::to_string(channels) + " channels with " + std::to_string(hidden) +
+                    " hidden ones, the kernel has 96, 128 or 192 with four times as many\n"
+                    "  fix: use prenorm() and two gemm()");
+}
+
+template <int kChannels>
+void launch_mlp(const MlpArguments& arguments, cudaStream_t stream) {
+    using S = Shape<kChannels>;
+    constexpr int kBytes = sizeof(Memory<S>) + 1024;  // the start may have to move
+    static_assert(kBytes <= 227 * 1024, "shared memory of a block");
+    static_assert(S::kPartBytes % 1024 == 0 && (!S::kRing || S::kStagePasses > 0), "stages");
+    const int64_t tiles = ceil_div(arguments.m, kRows);
+    const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
+    launch(arguments.out_scale != nullptr ? mlp_kernel<S, true> : mlp_kernel<S, false>,
+           dim3(blocks), dim3(kThreads), kBytes, stream, arguments);
+}
+
+}  // namespace
+
+bool mlp_supported(int channels, int hidden) {
+    return compute_capability() == 90 && hidden == kExpansion * channels &&
+           (channels == 96 || channels == 128 || channels == 192);
+}
+
+void mlp(const MlpArguments& p, cudaStream_t stream) {
+    require_sizes(p.channels, p.hidden);
+    if (compute_capability() != 90) {
+        throw Error(Error::kUnsupported, "mlp: compute capability " +
+                                             std::to_string(compute_capability()) +
+                                             ", the kernel exists for 90\n"
+                                             "  fix: use prenorm() and two gemm()");
+    }
+    require_matrix("mlp", p.m, p.channels);
+    require_pointer("mlp", "x", p.x);
+    require_pointer("mlp", "fc1_weight", p.fc1_weight);
+    require_pointer("mlp", "fc2_weight", p.fc2_weight);
+    const std::pair<const char*, const float*> vectors[] = {
+        {"gamma", p.gamma},           {"beta", p.beta},
+        {"in_inverse", p.in_inverse}, {"fc1_factor", p.fc1_factor},
+        {"fc1_bias", p.fc1_bias},     {"hidden_inverse", p.hidden_inverse},
+        {"fc2_factor", p.fc2_factor}, {"fc2_bias", p.fc2_bias}};
+    for (const auto& [name, vector] : vectors) {
+        if (vector == nullptr) refuse_argument("mlp", std::string(name) + " is null", "pass it");
+    }
+    if ((p.out_inverse == nullptr) != (p.out_scale == nullptr)) {
+        refuse_argument("mlp", "only one of out_inverse and out_scale is null",
+                        "pass both to round the output, or neither");
+    }
+    if (p.m == 0) return;
+    switch (p.channels) {
+        case 96: return launch_mlp<96>(p, stream);
+        case 128: return launch_mlp<128>(p, stream);
+        case 192: return launch_mlp<192>(p, stream);
+    }
+}
+
+void mlp_layout_fc1(const int8_t* weight, int channels, int hidden, int8_t* laid_out) {
+    require_sizes(channels, hidden);
+    lay_out(weight, hidden, channels, step_of(channels), laid_out);
+}
+
+void mlp_layout_fc2(const int8_t* weight, int channels, int hidden, int8_t* laid_out) {
+    require_sizes(channels, hidden);
+    lay_out(weight, channels, hidden, channels, laid_out);
+}
+
+}  // namespace swinq

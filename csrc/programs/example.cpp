@@ -1,0 +1,254 @@
+// A model's plan, checked and timed: see example.h.
+#include "example.h"
+
+#include <cuda_fp16.h>
+
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "timing.h"
+
+namespace swinq::programs {
+
+namespace {
+
+constexpr int kWarmUps = 20, kRuns = 100;
+constexpr int kDevice = 0;
+constexpr int kComparedImages = 2;  // with another precision: the first ones
+
+struct PlanDelete {
+    void operator()(swinq_plan* plan) const { swinq_plan_destroy(plan); }
+};
+using Plan = std::unique_ptr<swinq_plan, PlanDelete>;
+
+Plan made_up_plan(const Example& example, Numbers numbers) {
+    const MadeUpModel model(
+        architecture_of(example.version, example.size, example.window, example.img_size), numbers);
+    const swinq_model view = model.model();
+    swinq_plan* plan = nullptr;
+    check(swinq_plan_create(&view, kDevice, &plan));
+    return Plan(plan);
+}
+
+bool computes_in_int8(const swinq_plan* plan) {
+    int count = 0;
+    check(swinq_plan_gemms(plan, 1, nullptr, &count));
+    std::vector<swinq_gemm_arguments> gemms(count);
+    check(swinq_plan_gemms(plan, 1, gemms.data(), &count));
+    for (const swinq_gemm_arguments& gemm : gemms) {
+        if (gemm.operand == SWINQ_INT8) return true;
+    }
+    return false;
+}
+
+Plan plan_from_file(const Example& example) {
+    const int mode = example.numbers == Numbers::kInt8Mode1   ? 1
+                     : example.numbers == Numbers::kInt8Mode2 ? 2
+                                                              : 0;
+    swinq_plan* created = nullptr;
+    check(swinq_plan_create_from_file(example.checkpoint.c_str(), mode, kDevice, &created));
+    Plan plan(created);
+    swinq_architecture found = {};
+    check(swinq_plan_architecture(plan.get(), &found));
+    const swinq_architecture asked =
+        architecture_of(example.version, example.size, example.window, example.img_size);
+    auto require = [&example](const char* what, int in_file, int wanted) {
+        if (in_file == wanted) return;
+        throw std::runtime_error(example.checkpoint + ": " + what + " is " +
+                                 std::to_string(in_file) + ", wanted " + std::to_string(wanted) +
+                                 "\n  fix: give the arguments of the model in the file");
+    };
+    require("version", found.version, asked.version);
+    require("img_size", found.img_size, asked.img_size);
+    require("window_size", found.window_size, asked.window_size);
+    require("embed_dim", found.embed_dim, asked.embed_dim);
+    require("the depth of stage 2", found.depths[2], asked.depths[2]);
+    if (mode == 0 && (example.numbers == Numbers::kFloat || computes_in_int8(plan.get()))) {
+        throw std::runtime_error(example.checkpoint + ": not a file of " + name_of(example.numbers) +
+                                 " layers\n  fix: run swin_int8_example on it");
+    }
+    return plan;
+}
+
+// A plan with room for `batch` images and one more, the last being the first again.
+class Session {
+  public:
+    Session(Plan plan, const std::vector<float>& images, int batch, bool in_fp32)
+        : plan_(std::move(plan)),
+          type_(in_fp32 ? SWINQ_FLOAT : SWINQ_HALF),
+          images_(on_device(images, in_fp32)),
+          logits_(sizeof(float) * classes() * (batch + 1)),
+          workspace_bytes_(workspace_for(batch + 1)),
+          workspace_(workspace_bytes_) {}
+
+    int classes() const {
+        swinq_architecture architecture = {};
+        check(swinq_plan_architecture(plan_.get(), &architecture));
+        return architecture.num_classes;
+    }
+
+    void enqueue(int batch, cudaStream_t stream) const {
+        check(swinq_forward(plan_.get(), images_.get(), type_, batch, logits_.as<float>(),
+                            workspace_.get(), workspace_bytes_, stream));
+    }
+
+    // Logits of a run that `launch` starts; what was there before is spoilt.
+    template <typename Launch>
+    std::vector<float> logits(int batch, const Stream& stream, Launch launch) const {
+        std::vector<float> values(static_cast<size_t>(classes()) * batch);
+        const size_t bytes = values.size() * sizeof(float);
+        check(cudaMemsetAsync(logits_.get(), 0xff, bytes, stream.get()), "cudaMemset");
+        launch(stream.get());
+        check(cudaMemcpyAsync(values.data(), logits_.get(), bytes, cudaMemcpyDeviceToHost,
+                              stream.get()),
+              "copy of the logits");
+        stream.synchronize();
+        return values;
+    }
+
+    const swinq_plan* plan() const { return plan_.get(); }
+
+  private:
+    static std::vector<__half> halves(const std::vector<float>& values) {
+        std::vector<__half> result(values.size());
+        for (size_t i = 0; i < values.size(); ++i) result[i] = __float2half_rn(values[i]);
+        return result;
+    }
+    static std::vector<uint8_t> on_device(const std::vector<float>& images, bool in_fp32) {
+        std::vector<uint8_t> bytes(images.size() * (in_fp32 ? sizeof(float) : sizeof(__half)));
+        if (in_fp32) {
+            std::memcpy(bytes.data(), images.data(), bytes.size());
+        } else {
+            std::memcpy(bytes.data(), halves(images).data(), bytes.size());
+        }
+        return bytes;
+    }
+    size_t workspace_for(int batch) const {
+        size_t bytes = 0;
+        check(swinq_workspace_size(plan_.get(), batch, &bytes));
+        return bytes;
+    }
+
+    Plan plan_;
+    swinq_type type_;
+    DeviceMemory images_, logits_;  // (batch + 1, 3, S, S), (batch + 1, classes) fp32
+    size_t workspace_bytes_;
+    DeviceMemory workspace_;
+};
+
+void require_equal(const std::vector<float>& a, const std::vector<float>& b, const char* what) {
+    for (size_t i = 0; i < a.size(); ++i) {
+        if (std::memcmp(&a[i], &b[i], sizeof(float)) == 0) continue;
+        throw std::runtime_error("logit " + std::to_string(i) + " is " + std::to_string(b[i]) +
+                                 " " + what + ", wanted the same bits as before, " +
+                                 std::to_string(a[i]));
+    }
+}
+
+// Root mean square of the difference, as a share of the deviation of `wanted`.
+double relative_error(const std::vector<float>& found, const std::vector<float>& wanted) {
+    double sum = 0, squares = 0, errors = 0;
+    const double count = static_cast<double>(wanted.size());
+    for (size_t i = 0; i < wanted.size(); ++i) {
+        sum += wanted[i], squares += static_cast<double>(wanted[i]) * wanted[i];
+        errors += std::pow(static_cast<double>(found[i]) - wanted[i], 2);
+    }
+    return std::sqrt(errors / (squares - sum * sum / count));
+}
+
+void check_output(const Session& session, int batch, const Stream& stream, const Graph& graph) {
+    auto run = [&](int images) {
+        return session.logits(images, stream,
+                              [&](cudaStream_t s) { session.enqueue(images, s); });
+    };
+    const std::vector<float> logits = run(batch);
+    for (size_t i = 0; i < logits.size(); ++i) {
+        if (std::isfinite(logits[i])) continue;
+        throw std::runtime_error("logit " + std::to_string(i) + " is no number");
+    }
+    require_equal(logits, run(batch), "in a second run");
+    require_equal(logits,
+                  session.logits(batch, stream, [&](cudaStream_t s) { graph.launch(s); }),
+                  "from a CUDA graph");
+    std::vector<float> more = run(batch + 1);
+    require_equal(logits, std::vector<float>(more.begin(), more.begin() + logits.size()),
+                  "in a larger batch");
+    const int classes = session.classes();
+    require_equal(std::vector<float>(logits.begin(), logits.begin() + classes),
+                  std::vector<float>(more.end() - classes, more.end()),
+                  "of the same image at the end of the batch");
+    std::printf("checked: finite; same bits again, from a CUDA graph, in a larger batch, elsewhere "
+                "in it\n");
+}
+
+// The same function in another precision, which other kernels compute.
+void compare_precisions(const Example& example, const Session& session,
+                        const std::vector<float>& images, const Stream& stream) {
+    const Numbers other = example.numbers == Numbers::kFloat ? Numbers::kHalf : Numbers::kFloat;
+    const double allowed = example.numbers == Numbers::kInt8Mode1 ||
+                                   example.numbers == Numbers::kInt8Mode2
+                               ? 0.3
+                               : 0.03;
+    const int compared = std::min(example.batch, kComparedImages);
+    const Session wanted(made_up_plan(example, other), images, example.batch,
+                         other == Numbers::kFloat);
+    auto logits = [&](const Session& s) {
+        return s.logits(compared, stream, [&](cudaStream_t t) { s.enqueue(compared, t); });
+    };
+    const double error = relative_error(logits(session), logits(wanted));
+    if (!(error <= allowed)) {
+        throw std::runtime_error(std::string("the logits of ") + name_of(example.numbers) + " and " +
+                                 name_of(other) + " are " + std::to_string(error) +
+                                 " of their deviation apart, wanted at most " +
+                                 std::to_string(allowed));
+    }
+    std::printf("checked: within %.4f of the deviation of the %s logits, %.2f allowed\n", error,
+                name_of(other), allowed);
+}
+
+}  // namespace
+
+int run_example(const Example& example) {
+    check(swinq_check_device(kDevice));
+    check(cudaSetDevice(kDevice), "cudaSetDevice");
+    cudaDeviceProp device = {};
+    check(cudaGetDeviceProperties(&device, kDevice), "cudaGetDeviceProperties");
+    const int batch = example.batch, side = example.img_size;
+    const bool made_up = example.checkpoint.empty(), in_fp32 = example.numbers == Numbers::kFloat;
+
+    const int64_t pixels = 3ll * side * side;
+    std::vector<float> images = made_up_images(pixels * batch);
+    images.insert(images.end(), images.begin(), images.begin() + pixels);
+    const Session session(
+        made_up ? made_up_plan(example, example.numbers) : plan_from_file(example), images, batch,
+        in_fp32);
+    int launches = 0;
+    size_t weight_bytes = 0;
+    check(swinq_launch_count(session.plan(), &launches));
+    check(swinq_weight_bytes(session.plan(), &weight_bytes));
+    std::printf("Swin v%d %s, window %d, image %d, batch %d, %s, %s on %s: %d kernels, %.1f MB of "
+                "weights\n",
+                example.version, name_of(example.size), example.window, side, batch,
+                name_of(example.numbers), made_up ? "made-up weights" : example.checkpoint.c_str(),
+                device.name, launches, static_cast<double>(weight_bytes) / 1e6);
+
+    const Stream stream;
+    auto forward = [&](cudaStream_t s) { session.enqueue(batch, s); };
+    const Graph graph(stream, forward);
+    check_output(session, batch, stream, graph);
+    if (made_up) compare_precisions(example, session, images, stream);
+
+    const float with_graph =
+        median_ms(stream, kWarmUps, kRuns, [&](cudaStream_t s) { graph.launch(s); });
+    const float without_graph = median_ms(stream, kWarmUps, kRuns, forward);
+    std::printf("SWINQ-CPP-time %.4f ms\n", with_graph);
+    std::printf("[INFO] batch_size %d img_size %d window_size %d, median of %d: SWINQ-CPP-time %.2f "
+                "ms with a CUDA graph, %.2f ms without, %.0f images/s\n",
+                batch, side, example.window, kRuns, with_graph, without_graph,
+                1000.0 * batch / with_graph);
+    return 0;
+}
+
+}  // namespace swinq::programs

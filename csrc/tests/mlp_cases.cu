@@ -1,0 +1,141 @@
+// The fused MLP against prenorm and two GEMMs: the same codes, so the same bits.
+#include <cmath>
+
+#include "gemm_problem.h"
+#include "kernels/layernorm.h"
+#include "kernels/mlp.h"
+#include "norm_problem.h"
+#include "swinq.h"
+
+namespace swinq::testing {
+
+namespace {
+
+constexpr float kEps = 1e-5f;
+
+// A weight in host memory, laid out for the GEMM and for the fused kernel.
+struct Weight {
+    using Layout = void (*)(const int8_t*, int, int, int8_t*);
+    Weight(int n, int k, int channels, int hidden, Layout layout) {
+        const DeviceArray<uint8_t> random =
+            random_bytes(Type::kInt8, static_cast<int64_t>(n) * k, next_seed(), -127, 127);
+        const std::vector<uint8_t> codes = random.read();
+        std::vector<uint8_t> laid_out(ceil_div(n, 32) * 32 * k);
+        swinq_gemm_layout(SWINQ_INT8, codes.data(), n, k, laid_out.data());
+        gemm = DeviceArray<uint8_t>(laid_out);
+        std::vector<int8_t> order(codes.size());
+        layout(reinterpret_cast<const int8_t*>(codes.data()), channels, hidden, order.data());
+        fused = DeviceArray<int8_t>(order);
+    }
+    DeviceArray<uint8_t> gemm;
+    DeviceArray<int8_t> fused;
+};
+
+struct Mlp {
+    Mlp(int channels, int hidden)
+        : channels(channels),
+          hidden(hidden),
+          fc1(hidden, channels, channels, hidden, mlp_layout_fc1),
+          fc2(channels, hidden, channels, hidden, mlp_layout_fc2),
+          gamma(random_array<float>(channels, next_seed(), 0.5f, 1.5f)),
+          beta(random_array<float>(channels, next_seed(), -0.5f, 0.5f)),
+          in_inverse(random_array<float>(channels, next_seed(), 30, 60)),
+          fc1_factor(random_array<float>(hidden, next_seed(), 0.5f / spread(channels),
+                                         1.5f / spread(channels))),
+          fc1_bias(random_array<float>(hidden, next_seed(), -0.5f, 0.5f)),
+          hidden_inverse(random_array<float>(hidden, next_seed(), 30, 90)),
+          fc2_factor(random_array<float>(channels, next_seed(), 0.5f / spread(hidden),
+                                         1.5f / spread(hidden))),
+          fc2_bias(random_array<float>(channels, next_seed(), -0.5f, 0.5f)),
+          out_inverse(random_array<float>(channels, next_seed(), 30, 60)),
+          out_scale(random_array<float>(channels, next_seed(), 1 / 60.0f, 1 / 30.0f)) {
+        kill_some(in_inverse.get(), channels, next_seed(), 31);
+        kill_some(hidden_inverse.get(), hidden, next_seed(), 31);
+        kill_some(out_scale.get(), channels, next_seed(), 31);
+    }
+    static float spread(int k) { return std::sqrt(static_cast<float>(k)) * 40 * 73; }
+
+    MlpArguments fused(void* x, int m, bool rounded) const {
+        MlpArguments a = {};
+        a.x = x, a.gamma = gamma.get(), a.beta = beta.get(), a.in_inverse = in_inverse.get();
+        a.fc1_weight = fc1.fused.get(), a.fc2_weight = fc2.fused.get();
+        a.fc1_factor = fc1_factor.get(), a.fc1_bias = fc1_bias.get();
+        a.hidden_inverse = hidden_inverse.get();
+        a.fc2_factor = fc2_factor.get(), a.fc2_bias = fc2_bias.get();
+        a.out_inverse = rounded ? out_inverse.get() : nullptr;
+        a.out_scale = rounded ? out_scale.get() : nullptr;
+        a.eps = kEps, a.m = m, a.channels = channels, a.hidden = hidden;
+        return a;
+    }
+
+    void separate(void* x, int8_t* a, int8_t* h, int m, bool rounded) const {
+        PrenormArguments p = {};
+        p.stream = Type::kHalf, p.operand = Type::kInt8, p.x = x, p.out = a;
+        p.gamma = gamma.get(), p.beta = beta.get(), p.inverse = in_inverse.get(), p.eps = kEps;
+        p.batch = m, p.resolution = 1, p.channels = channels;
+        prenorm(p, nullptr);
+        GemmArguments g = {};
+        g.operand = Type::kInt8, g.stream = Type::kHalf;
+        g.activation = Activation::kGelu, g.output = Output::kCodes;
+        g.a = a, g.w = fc1.gemm.get(), g.out = h;
+        g.factor = fc1_factor.get(), g.bias = fc1_bias.get(), g.out_inverse = hidden_inverse.get();
+        g.m = m, g.n = hidden, g.k = channels;
+        gemm(g, nullptr, nullptr);
+        g.activation = Activation::kNone, g.output = Output::kResidual;
+        g.a = h, g.w = fc2.gemm.get(), g.out = x;
+        g.factor = fc2_factor.get(), g.bias = fc2_bias.get();
+        g.out_inverse = rounded ? out_inverse.get() : nullptr;
+        g.out_scale = rounded ? out_scale.get() : nullptr;
+        g.n = channels, g.k = hidden;
+        gemm(g, nullptr, nullptr);
+    }
+
+    int channels, hidden;
+    Weight fc1, fc2;
+    DeviceArray<float> gamma, beta, in_inverse;                       // (channels)
+    DeviceArray<float> fc1_factor, fc1_bias, hidden_inverse;          // (hidden)
+    DeviceArray<float> fc2_factor, fc2_bias, out_inverse, out_scale;  // (channels)
+};
+
+void compare_mlp(Group& group, const Mlp& mlp_case, int m, bool rounded) {
+    const int64_t count = static_cast<int64_t>(m) * mlp_case.channels;
+    const auto before = random_stream(Type::kHalf, m, mlp_case.channels, next_seed());
+    GuardedBuffer x(count * 2), wanted(count * 2);
+    x.poison(count * 2);
+    wanted.poison(count * 2);
+    for (void* to : {x.get(), wanted.get()}) {
+        must(cudaMemcpyAsync(to, before.get(), count * 2, cudaMemcpyDeviceToDevice), "stream");
+    }
+    DeviceArray<int8_t> a(count), h(static_cast<int64_t>(m) * mlp_case.hidden);
+    const std::string label = "m " + std::to_string(m) + " channels " +
+                              std::to_string(mlp_case.channels) + (rounded ? " rounded" : "");
+    // the row sums of LayerNorm may be in another order, which turns a code on its edge
+    Tally* tally = group.run(label, codes(1e-3, 0), [&] {
+        mlp(mlp_case.fused(x.get(), m, rounded), nullptr);
+        mlp_case.separate(wanted.get(), a.get(), h.get(), m, rounded);
+    });
+    if (!tally) return;
+    compare_bits(x.get(), wanted.get(), count * 2, 2, tally);
+    x.check_guards(tally);
+    wanted.check_guards(tally);
+}
+
+}  // namespace
+
+void mlp_suite(Report& report) {
+    const bool quick = report.options().quick;
+    report.group("fused mlp", 200, [&](Group& group) {
+        for (int channels : {96, 128, 192, 256, 384, 512, 768}) {
+            if (!mlp_supported(channels, 4 * channels)) continue;
+            if (quick && channels > 96) continue;
+            const Mlp mlp_case(channels, 4 * channels);
+            for (int m : {1, 17, 49, 64, 65, 127, 128, 129, 300, 784, 3136, 25088}) {
+                if (quick && m > 129) continue;
+                for (bool rounded : {false, true}) compare_mlp(group, mlp_case, m, rounded);
+            }
+        }
+        if (!mlp_supported(96, 384)) group.check(true, "no fused MLP on this GPU", "");
+    });
+}
+
+}  // namespace swinq::testing
