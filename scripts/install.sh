@@ -6,6 +6,8 @@
 #
 # SWINQ_TORCH_INDEX=URL  take torch and torchvision from that package index (for example the one
 #                        with CPU-only wheels) instead of pip's own
+# SWINQ_CUDA=0             leave the CUDA engine out; =1 demand it; else it is built where nvcc is. Later:
+#                        bash scripts/build_kernels.sh
 # SWINQ_PYTHON=python3.12  interpreter for a new .venv; default: the first Python >= 3.10 found
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -32,7 +34,13 @@ find_python() {
 }
 
 # What an installation depends on; 'dev' holds everything that the plain one does.
-wanted() { { cat pyproject.toml constraints.txt && pwd && echo "${SWINQ_TORCH_INDEX:-} $1"; } | cksum; }
+wanted() {
+    {
+        cat pyproject.toml setup.py constraints.txt
+        pwd
+        echo "${SWINQ_TORCH_INDEX:-} $1"
+    } | cksum
+}
 
 if [[ -f "$stamp" ]] && "$venv/bin/python" -c '' >/dev/null 2>&1; then
     installed="$(cat "$stamp")"

@@ -18,13 +18,22 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # imported, Python binds the module under that name and the function would be gone.
 _API = {
     "load": "load",
+    "cuda_model": "cuda_model",
     "calibrate": "calibrate",
     "evaluate_model": "evaluate",
     "export_model": "export",
     "run": "run",
 }
 
-__all__ = ["__version__", "load", "calibrate", "evaluate_model", "export_model", "run"]
+__all__ = [
+    "__version__",
+    "load",
+    "cuda_model",
+    "calibrate",
+    "evaluate_model",
+    "export_model",
+    "run",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -18,7 +18,7 @@ import copy
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,16 +36,19 @@ from swinq.errors import CheckpointError, ConfigError, SwinqError
 from swinq.evaluate import Predictions
 from swinq.evaluate import evaluate as run_evaluation
 from swinq.export.calibrated import require_unchanged, restore_ranges, spec_of
+from swinq.export.plain import collect_plain
 from swinq.export.reader import is_int8_checkpoint
 from swinq.export.writer import write_checkpoint
-from swinq.int8.model import Int8Swin
+from swinq.int8 import choice
+from swinq.int8.choice import IntegerModel
+from swinq.int8.engine import CudaSwin
 from swinq.models.architecture import Architecture
 from swinq.models.build import build_model
 from swinq.models.checkpoint import LoadedCheckpoint, load_checkpoint, load_into
 from swinq.quant.insert import quantize_model
 from swinq.quant.spec import QuantSpec
 
-Model = nn.Module | Int8Swin
+Model = nn.Module | IntegerModel
 
 # Float means fp32: cuDNN would round the patch embedding's operands to TF32.
 torch.backends.cudnn.allow_tf32 = False
@@ -58,6 +61,7 @@ def load(
     resize: bool = False,
     ranges: bool = True,
     device: torch.device | str = "cpu",
+    engine: str = "auto",
 ) -> Any:
     """Load a checkpoint, recognised by its content.
 
@@ -67,16 +71,20 @@ def load(
         resize: fit a float checkpoint to other windows than its own (bias tables, bicubic).
         ranges: restore a calibrated checkpoint's ranges; False gives its float model.
         device: where the model goes.
+        engine: what runs an INT8 checkpoint: "cuda" (the kernels of libswinq), "reference" (plain
+            torch, on any device), or "auto": cuda on a CUDA device if it can be had.
 
     Returns:
-        A float model; a fake-quantized one with its ranges; or an `Int8Swin`. All map
+        A float model; a fake-quantized one with its ranges; or a `CudaSwin` or `Int8Swin`. All map
         (B, 3, S, S) fp32 to logits (B, classes) fp32, and have `arch` and `classes`.
 
     Raises:
         CheckpointError: the file is missing, damaged, incomplete or of another architecture.
+        EngineError: the engine is "cuda", and libswinq or a GPU for it is missing.
     """
     if is_int8_checkpoint(path):
-        return Int8Swin.load(path, architecture=architecture, device=device)
+        return choice.load(path, architecture=architecture, device=device, engine=engine)
+    choice.require(engine, device)
     loaded = load_checkpoint(Path(path), architecture=None if resize else architecture)
     require_unchanged(loaded)
     model = float_model(loaded, architecture if resize else None)
@@ -92,6 +100,29 @@ def load(
         restore_ranges(model, loaded, spec)
         model.calibration = read_calibration(loaded)  # type: ignore[assignment]
     return model.to(device).eval()
+
+
+def cuda_model(
+    model: nn.Module, precision: str = "fp16", device: torch.device | str = "cuda"
+) -> CudaSwin:
+    """A float model on the CUDA kernels of libswinq.
+
+    Args:
+        model: from `load`, without quantizers; not changed, and not needed afterwards.
+        precision: "fp16" or "fp32", of every layer.
+        device: a CUDA device.
+
+    Raises:
+        ExportError: no float Swin, or weights beyond fp16.
+        EngineError: libswinq is missing, or has no kernels for the device or the model.
+    """
+    transform = transform_of(model)
+    weights = replace(
+        collect_plain(model, precision),
+        classes=getattr(model, "classes", None),
+        transform=transform.to_dict() if transform else {},
+    )
+    return CudaSwin(weights, device)
 
 
 def float_model(loaded: LoadedCheckpoint, resized: Architecture | None = None) -> nn.Module:
@@ -117,7 +148,7 @@ def _recorded_transform(metadata: Mapping[str, str]) -> EvalTransform | None:
 def transform_of(model: Any) -> EvalTransform | None:
     """The evaluation transform that a model's file records, if it makes images of its size."""
     recorded = getattr(model, "transform", None)
-    if isinstance(model, Int8Swin) and model.checkpoint.transform:
+    if isinstance(model, IntegerModel) and model.checkpoint.transform:
         recorded = EvalTransform.from_dict(model.checkpoint.transform)
     return recorded if recorded and recorded.img_size == model.arch.img_size else None
 
@@ -269,6 +300,6 @@ def run(model: Any, images: Tensor) -> Tensor:
 
 def device_of(model: Any) -> torch.device:
     """Where a model from `load` computes."""
-    if isinstance(model, Int8Swin):
+    if isinstance(model, IntegerModel):
         return model.device
     return next(model.parameters()).device

@@ -131,6 +131,7 @@ DEFAULTS: dict[str, Any] = {
     "AMP_ENABLE": True,
     "DEMO": False,
     "DEVICE": "auto",
+    "ENGINE": "auto",  # what runs INT8: cuda (libswinq), reference, or auto: cuda where it can
     "OUTPUT": "output",
     "TAG": "default",
     "SAVE_FREQ": 1,

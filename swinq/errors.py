@@ -38,3 +38,7 @@ class CalibrationError(SwinqError):
 
 class ExportError(SwinqError):
     """A model that cannot be written as, or read from, an INT8 checkpoint."""
+
+
+class EngineError(SwinqError):
+    """libswinq that is missing or cannot be loaded, a GPU it has no kernels for, a failed call."""

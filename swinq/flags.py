@@ -113,6 +113,14 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
     "running": (
         Flag("device", "NAME", "auto, cpu, cuda or cuda:N", ("DEVICE",)),
+        Flag(
+            "engine",
+            "NAME",
+            "what runs INT8: auto, cuda, reference",
+            ("ENGINE",),
+            ("calib", "eval", "throughput"),
+            choices=("auto", "cuda", "reference"),
+        ),
         Flag("local-rank", "N", "from torch.distributed.launch; torchrun needs none"),
         Flag("dry-run", None, "check paths, checkpoint, disk and device; do nothing"),
         Flag("print-config", None, "print the resolved configuration as YAML and stop"),
@@ -133,7 +141,7 @@ ABSENT: dict[str, str] = {
         "quant-mode".split(),
         _RECIPE,
     ),
-    **dict.fromkeys(("engine", "th-path"), "loaded the ancestor's library; swinq runs its own"),
+    "th-path": "loaded the ancestor's library; swinq runs its own, see --engine",
 }
 _FIXES = {
     _LATER: "leave it out: --calib, --eval and --export need no training",

@@ -68,6 +68,8 @@ def checks(action: str, config: Config) -> dict[str, Callable[[], str]]:
         place = Path(config.CALIB.OUTPUT_PATH or config.OUTPUT)
         looks["disk"] = lambda: _disk(place, Path(weights) if weights else None, config)
     looks["device"] = lambda: _device(config.DEVICE)
+    if action != "export":
+        looks["engine"] = lambda: _engine(config.ENGINE, config.DEVICE)
     return looks
 
 
@@ -269,6 +271,21 @@ def _device(name: str) -> str:
     if name == "cpu":
         return "cpu"  # without the seconds that importing torch takes
     return str(distributed.select_device(name))
+
+
+def _engine(engine: str, device_name: str) -> str:
+    """What would run an INT8 checkpoint."""
+    if engine == "reference" or (engine == "auto" and device_name == "cpu"):
+        return "the reference"
+    from swinq.int8 import device as devices  # imports torch
+
+    device = distributed.select_device(device_name)
+    if engine == "cuda":
+        devices.require(device)
+    if device.type == "cpu":
+        return "the reference"
+    problem = devices.problem(device)
+    return f"the reference, as {problem}" if problem else "libswinq"
 
 
 def _megabytes(size: int) -> str:

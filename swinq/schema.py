@@ -114,6 +114,7 @@ RULES: dict[str, Rule] = {
     "TRAIN.ACCUMULATION_STEPS": _at_least(1),
     "DIST.TIMEOUT": _at_least(1),
     "DEVICE": ("auto, cpu, cuda or cuda:N", lambda value: _is_device(value)),
+    "ENGINE": _one_of("auto", "cuda", "reference"),
     "OUTPUT": ("the name of a folder", lambda value: bool(value)),
     "TAG": ("a name without slashes", lambda v: bool(v) and v not in (".", "..") and "/" not in v),
     "SEED": _at_least(0),

@@ -61,6 +61,7 @@ def test_flags_reach_their_keys_with_their_origin() -> None:
         "--calibrator": ("percentile", "CALIB.METHOD", "percentile"),
         "--data-path": ("images", "DATA.DATA_PATH", "images"),
         "--device": ("cpu", "DEVICE", "cpu"),
+        "--engine": ("reference", "ENGINE", "reference"),
         "--eval-transform": ("timm", "EVAL.TRANSFORM", "timm"),
         "--int8-mode": ("2", "INT8.MODE", 2),
         "--num-calib-batch": ("3", "CALIB.NUM_BATCHES", 3),

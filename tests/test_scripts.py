@@ -32,6 +32,7 @@ def checkout(tmp_path: Path) -> Path:
     root = tmp_path / "a checkout"  # people's paths have spaces
     shutil.copytree(SCRIPTS, root / "scripts")
     (root / "pyproject.toml").write_text("[project]\n")
+    (root / "setup.py").write_text("")
     (root / "constraints.txt").write_text("torch==1\n")
     for name in ("python", "torchrun"):
         program(root / ".venv" / "bin" / name)
@@ -169,6 +170,7 @@ def test_tests_are_linted_typed_and_covered(checkout: Path) -> None:
     lines = run(checkout, "test.sh").stdout.splitlines()
     commands = [line for line in lines if line.startswith(("ruff", "mypy"))]
     assert [line.strip() for line in commands] == ["ruff check .", "ruff format --check .", "mypy"]
+    assert "python setup.py --quiet build_ext --inplace" in lines
     assert "-m pytest" in lines[-1]
     assert "--branch-floor 90 --cov" in lines[-1]
 
@@ -177,6 +179,13 @@ def test_some_tests_alone_run_without_lint_and_coverage(checkout: Path) -> None:
     last = run(checkout, "test.sh", "tests/quant", "-x").stdout.splitlines()[-1]
     assert last.endswith("tests/quant -x")
     assert "--cov" not in last
+
+
+def test_the_tests_of_the_engine_run_where_it_was_built(checkout: Path) -> None:
+    program(checkout / "build" / "kernels" / "engine_test", "#!/bin/sh\nexit 3\n")
+    ran = run(checkout, "test.sh")
+    assert ran.returncode != 0
+    assert "-m pytest" not in ran.stdout
 
 
 def test_a_failed_lint_fails_the_whole_command(checkout: Path) -> None:

@@ -4,7 +4,7 @@
 
 #include "device.cuh"
 #include "timing.cuh"
-#include "wgmma.cuh"
+#include "wgmma_peak.cuh"
 
 namespace swinq::benchmark {
 

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the compiler that it is given and fails where that only warns of slow code: registers or arrays
-# in local memory, and wgmma instructions that wait for one another (C7508 and its kin).
+# in local memory, and wgmma instructions that wait for one another (C7508 and its kin). SWINQ_STRICT=0
+# leaves it at the warning: users have other compilers than the one that kernels were written with.
 set -uo pipefail
 
 said="$("$@" 2>&1)"
@@ -8,7 +9,9 @@ status=$?
 if [[ -n "$said" ]]; then
     printf '%s\n' "$said" >&2
 fi
-((status == 0)) || exit "$status"
+if ((status != 0)) || [[ "${SWINQ_STRICT:-1}" == 0 ]]; then
+    exit "$status"
+fi
 
 slow='[Rr]egisters are spilled|[Ll]ocal memory (used|usage)|C75[01][0-9]|wgmma.*serializ'
 if grep -qE "$slow" <<<"$said"; then

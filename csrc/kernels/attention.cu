@@ -40,16 +40,15 @@ void check(const AttentionArguments& a) {
                         "pass a window that divides the resolution");
     }
     if (a.shift < 0 || a.shift >= a.window) {
-        refuse_argument(kKernel,
-                        "shift is " + std::to_string(a.shift) + ", window " +
-                            std::to_string(a.window),
-                        "pass a shift from 0 to window - 1");
+        refuse_argument(
+            kKernel, "shift is " + std::to_string(a.shift) + ", window " + std::to_string(a.window),
+            "pass a shift from 0 to window - 1");
     }
     // limits of the grid and of 32-bit indices
     const int64_t across = a.resolution / a.window;
     const int64_t tokens = static_cast<int64_t>(a.resolution) * a.resolution * a.batch;
-    if (across * across > 65535 || a.heads > 65535 ||
-        tokens > (int64_t{1} << 30) || static_cast<int64_t>(a.batch) * a.heads > INT32_MAX) {
+    if (across * across > 65535 || a.heads > 65535 || tokens > (int64_t{1} << 30) ||
+        static_cast<int64_t>(a.batch) * a.heads > INT32_MAX) {
         refuse_argument(kKernel,
                         "batch " + std::to_string(a.batch) + ", resolution " +
                             std::to_string(a.resolution) + ", heads " + std::to_string(a.heads) +

@@ -1,5 +1,6 @@
-// Attention within (shifted) windows: csrc/NUMERICS.md, "Attention". Tokens stay in image order; which
-// window a token belongs to is index arithmetic. The shift mask is a comparison of region numbers.
+// Attention within (shifted) windows: csrc/NUMERICS.md, "Attention". Tokens stay in image order;
+// which window a token belongs to is index arithmetic. The shift mask is a comparison of region
+// numbers.
 #pragma once
 
 #include "types.h"
@@ -7,15 +8,16 @@
 namespace swinq {
 
 struct AttentionArguments {
-    Type type;                 // of qkv: kInt8 codes, kHalf or kFloat
-    Type out_type;             // kInt8: quantize(o, out_inverse[c]); kHalf; kFloat
-    const void* qkv;           // (batch * resolution^2, 3, heads, 32), 16-byte aligned
-    void* out;                 // (batch * resolution^2, heads, 32)
-    const float* bias_table;   // (heads, (2 * window - 1)^2) fp32: see docs/checkpoint-format.md
-    const float* bias;         // windows of <= 64 tokens: the table expanded by expand_bias(); else null
-    const float* factor;       // (heads): s = S * factor + bias. kInt8: (q_scale * k_scale) * softmax_scale
-    float v_scale;             // kInt8 only
-    const float* out_inverse;  // (heads * 32), out_type kInt8 only
+    Type type;                // of qkv: kInt8 codes, kHalf or kFloat
+    Type out_type;            // kInt8: quantize(o, out_inverse[c]); kHalf; kFloat
+    const void* qkv;          // (batch * resolution^2, 3, heads, 32), 16-byte aligned
+    void* out;                // (batch * resolution^2, heads, 32)
+    const float* bias_table;  // (heads, (2 * window - 1)^2) fp32: see docs/checkpoint-format.md
+    const float* bias;  // windows of <= 64 tokens: the table expanded by expand_bias(); else null
+    const float*
+        factor;     // (heads): s = S * factor + bias. kInt8: (q_scale * k_scale) * softmax_scale
+    float v_scale;  // kInt8 only
+    const float* out_inverse;                     // (heads * 32), out_type kInt8 only
     int batch, resolution, window, shift, heads;  // window divides resolution; shift 0: no mask
 };
 

@@ -1,6 +1,6 @@
 // Attention of any window, int8 and fp16: for windows, and devices, that the other kernels do not
-// have. One warp a tile of queries; keys and values come from global memory, twice for the keys, because p
-// is relative to the row's final maximum.
+// have. One warp a tile of queries; keys and values come from global memory, twice for the keys,
+// because p is relative to the row's final maximum.
 #include <algorithm>
 
 #include "attention_kernels.h"
@@ -34,10 +34,7 @@ struct QueryTile {
 
     __device__ __forceinline__ QueryTile(const AttentionArguments& a, const WindowTable& window,
                                          int head, int first_row, int lane)
-        : window(window),
-          keys(a, head, 1, lane % 4),
-          values(a, head, 2, lane % 4),
-          lane(lane) {
+        : window(window), keys(a, head, 1, lane % 4), values(a, head, 2, lane % 4), lane(lane) {
         factor = __fmul_rn(__ldg(a.factor + head), kLog2E);
         const InputRows<kType> queries(a, head, 0, lane % 4);
         const int width = 2 * a.window - 1;

@@ -30,9 +30,9 @@ inline int window_count(const AttentionArguments& a) {
     return (a.resolution / a.window) * (a.resolution / a.window);
 }
 
-// Tiles of queries are split over this many warps where one warp a (window, head) leaves schedulers
-// without the warps that hide each other's latencies; every warp loads keys and values anew.
-// `warps`: of the launch with one split; the answer divides neither tiles nor warps.
+// Into how many shares, a power of two, the `tiles` of queries of a warp go where a launch of
+// `warps` would leave schedulers without other warps to hide a warp's latencies. Every share loads
+// keys and values anew, and what a query gets does not depend on it.
 inline int tile_splits(int64_t warps, int tiles) {
     constexpr int64_t kWarpsPerMultiprocessor = 10;
     int splits = 1;

@@ -1,9 +1,9 @@
-// Attention of windows of 12, 16 and 24, int8 and fp16: one block a (window, head), or a share of its
-// tiles of queries. Keys and values lie in shared memory as the fragments that the products take;
-// the bias comes from the compact table.
+// Attention of windows of 12, 16 and 24, int8 and fp16: one block a (window, head), or a share of
+// its tiles of queries. Keys and values lie in shared memory as the fragments that the products
+// take; the bias comes from the compact table.
 //
-// p is relative to the row's final maximum. Up to 144 tokens a warp keeps all logits of a tile; with
-// more it makes them twice, for the maximum and for p.
+// p is relative to the row's final maximum. Up to 144 tokens a warp keeps all logits of a tile;
+// with more it makes them twice, for the maximum and for p.
 #include <algorithm>
 
 #include "attention_kernels.h"
@@ -12,8 +12,8 @@
 namespace swinq {
 namespace {
 
-// `kStep` groups of keys are unrolled: whole lines of the window, so that a key's place in its line is
-// known to the compiler.
+// `kStep` groups of keys are unrolled: whole lines of the window, so that a key's place in its line
+// is known to the compiler.
 template <Type kType, int kWindow>
 struct Shape {
     using Op = Operand<kType>;
@@ -21,12 +21,13 @@ struct Shape {
     static constexpr int kRowTiles = kTokens / kTileRows;
     static constexpr int kKeyTiles = kTokens / kTileKeys;
     static constexpr int kGroups = (kKeyTiles + Op::kGroup - 1) / Op::kGroup;
+    static constexpr int kGroupKeys = Op::kGroup * kTileKeys;
     static constexpr bool kOnePass = kTokens <= 144;
-    static constexpr int kStep = kOnePass ? kGroups : kWindow == 16 ? 4 : kType == Type::kInt8 ? 3 : 6;
+    static constexpr int kStep = kOnePass ? kGroups : (kWindow == 16 ? 64 : 96) / kGroupKeys;
     static constexpr int kWarps = kWindow == 12 ? 3 : kWindow == 16 ? 4 : 8;
     static constexpr int kBlocks = kOnePass ? 4 : 16 / kWarps;  // of a multiprocessor, at least
     static_assert(kTokens % kTileRows == 0 && kWindow % 4 == 0, "no row or pair of keys is cut");
-    static_assert(kOnePass || (kGroups % kStep == 0 && kStep * Op::kGroup * 8 % kWindow == 0),
+    static_assert(kOnePass || (kGroups % kStep == 0 && kStep * kGroupKeys % kWindow == 0),
                   "steps are whole lines");
 
     // The table of bias: lines of 2 * kWindow, the last one unused, so that keys 2t and 2t + 1 of a
@@ -93,7 +94,7 @@ struct QueryTile {
                                            int first, int i, int lane) const {
         uint32_t k[8];
         load_fragments(k, shared + (first + i) * 8 * kWarp, lane);
-        const int first_line = first * Op::kGroup * kTileKeys / kWindow * S::kBiasLine;
+        const int first_line = first * S::kGroupKeys / kWindow * S::kBiasLine;
 #pragma unroll
         for (int tile = 0; tile < Op::kGroup; ++tile) {
             const int key = (i * Op::kGroup + tile) * kTileKeys;  // after those of `first`
@@ -102,13 +103,14 @@ struct QueryTile {
             const int offset = first_line + key / kWindow * S::kBiasLine + key % kWindow;
             typename Op::Sum s[4] = {};
             Op::multiply_keys(s, q, k + tile * Op::kWords);
-            const float2 low = *reinterpret_cast<const float2*>((cut ? bias_cut : bias)[0] + offset);
+            const float2 low =
+                *reinterpret_cast<const float2*>((cut ? bias_cut : bias)[0] + offset);
             const float2 high =
                 *reinterpret_cast<const float2*>((cut ? bias_cut : bias)[1] + offset);
             to_logits<2>(l[tile], s, factor, {low.x, low.y, high.x, high.y});
             if (kMasked) {
                 const uint2 key_regions = *reinterpret_cast<const uint2*>(
-                    shared + S::kRegionStart + first * Op::kGroup * kTileKeys + key + lane % 4 * 2);
+                    shared + S::kRegionStart + first * S::kGroupKeys + key + lane % 4 * 2);
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
                     const uint32_t key_region = c % 2 ? key_regions.y : key_regions.x;
@@ -169,8 +171,8 @@ struct QueryTile {
     }
 };
 
-// Grid (heads of the batch, windows of an image, splits): heads of one image are neighbours, because
-// they share the lines of memory.
+// Grid (heads of the batch, windows of an image, splits): heads of one image are neighbours,
+// because they share the lines of memory.
 template <Type kType, int kWindow>
 __global__ void __launch_bounds__(Shape<kType, kWindow>::kWarps* kWarp,
                                   Shape<kType, kWindow>::kBlocks)
@@ -223,7 +225,8 @@ __global__ void __launch_bounds__(Shape<kType, kWindow>::kWarps* kWarp,
     }
     __syncthreads();
 
-    const bool masked = shared[S::kRegionStart + S::kTokens - 1] != 0;  // beyond all edges there are
+    const bool masked =
+        shared[S::kRegionStart + S::kTokens - 1] != 0;  // beyond all edges there are
     const float v_scale = kType == Type::kInt8 ? a.v_scale : 1.0f;
 #pragma unroll 1
     for (int tile = blockIdx.z * S::kWarps + warp; tile < S::kRowTiles;
@@ -262,10 +265,14 @@ bool launch_large(const AttentionArguments& a, cudaStream_t stream) {
 template <Type kType>
 bool select_window(const AttentionArguments& a, cudaStream_t stream) {
     switch (a.window) {
-        case 12: return launch_large<kType, 12>(a, stream);
-        case 16: return launch_large<kType, 16>(a, stream);
-        case 24: return launch_large<kType, 24>(a, stream);
-        default: return false;
+        case 12:
+            return launch_large<kType, 12>(a, stream);
+        case 16:
+            return launch_large<kType, 16>(a, stream);
+        case 24:
+            return launch_large<kType, 24>(a, stream);
+        default:
+            return false;
     }
 }
 

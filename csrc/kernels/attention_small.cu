@@ -1,6 +1,8 @@
 // Attention of windows of up to 64 tokens, int8 and fp16: one warp a (window, head), or a share of
 // its tiles of queries. Keys and values stay in registers for all of them; nothing is exchanged but
 // the table of tokens.
+#include <cmath>
+
 #include "attention_kernels.h"
 #include "attention_tile.cuh"
 
@@ -9,12 +11,14 @@ namespace {
 
 // Tiles of queries and of keys, rounded up.
 __host__ __device__ constexpr int row_tiles(int window) {
-    return (window * window + kTileRows - 1) / kTileRows; }
+    return (window * window + kTileRows - 1) / kTileRows;
+}
 __host__ __device__ constexpr int key_tiles(int window) {
-    return (window * window + kTileKeys - 1) / kTileKeys; }
+    return (window * window + kTileKeys - 1) / kTileKeys;
+}
 
-// Regions of the up to 64 keys, a bit each; the lane's own keys (8j + 2t and the next) are at bits 8j
-// and 8j + 1.
+// Regions of the up to 64 keys, a bit each; the lane's own keys (8j + 2t and the next) are at bits
+// 8j and 8j + 1.
 struct KeyRegions {
     uint32_t below[2], right[2];
 
@@ -135,8 +139,9 @@ __global__ void __launch_bounds__(kMaxAttentionWarps* kWarp, kType == Type::kInt
     constexpr int kLastRows = kTokens - (kRowTiles - 1) * kTileRows;
     constexpr bool kHalfTile = kLastRows <= kTileRows / 2;
     static_assert(kHalfTile || kLastRows == kTileRows, "rows g + 8 are stored without a test");
-    constexpr int kTableRows = (kRowTiles + 1) * kTileRows;  // one tile more is loaded than there is
-    __shared__ uint32_t tokens[kTableRows];                  // beyond the window the last one repeats
+    constexpr int kTableRows =
+        (kRowTiles + 1) * kTileRows;         // one tile more is loaded than there is
+    __shared__ uint32_t tokens[kTableRows];  // beyond the window the last one repeats
     __shared__ uint32_t regions[kTableRows];
 
     for (int row = threadIdx.x; row < kTableRows; row += blockDim.x) {
@@ -198,8 +203,8 @@ __global__ void __launch_bounds__(kMaxAttentionWarps* kWarp, kType == Type::kInt
 template <Type kType, int kWindow>
 void launch_small(const AttentionArguments& a, cudaStream_t stream) {
     const int places = window_count(a);
-    const int splits = tile_splits(static_cast<int64_t>(a.batch) * places * a.heads,
-                                   row_tiles(kWindow));
+    const int splits =
+        tile_splits(static_cast<int64_t>(a.batch) * places * a.heads, row_tiles(kWindow));
     const int split_bits = splits == 1 ? 0 : splits == 2 ? 1 : 2;
     const int tiles = static_cast<int>(ceil_div(row_tiles(kWindow), splits));
     const int items = a.heads << split_bits;
@@ -212,10 +217,14 @@ void launch_small(const AttentionArguments& a, cudaStream_t stream) {
 template <Type kType>
 void select_window(const AttentionArguments& a, cudaStream_t stream) {
     switch (a.window) {
-        case 4: return launch_small<kType, 4>(a, stream);
-        case 6: return launch_small<kType, 6>(a, stream);
-        case 7: return launch_small<kType, 7>(a, stream);
-        default: return launch_small<kType, 8>(a, stream);
+        case 4:
+            return launch_small<kType, 4>(a, stream);
+        case 6:
+            return launch_small<kType, 6>(a, stream);
+        case 7:
+            return launch_small<kType, 7>(a, stream);
+        default:
+            return launch_small<kType, 8>(a, stream);
     }
 }
 
@@ -228,7 +237,7 @@ void attention_small(const AttentionArguments& a, cudaStream_t stream) {
 
 int64_t expanded_bias_size(int window, int heads) {
     if (!is_small_window(window)) return 0;
-    return static_cast<int64_t>(heads) * row_tiles(window) * key_tiles(window) * 32 * 4;
+    return static_cast<int64_t>(heads) * row_tiles(window) * key_tiles(window) * kWarp * 4;
 }
 
 // Order (head, tile of queries, tile of keys, lane, element of the C fragment), times log2(e). Keys
@@ -238,14 +247,15 @@ void expand_bias(const float* table, int window, int heads, float* expanded) {
     const int tokens = window * window, width = 2 * window - 1;
     for (int head = 0; head < heads; ++head, table += width * width) {
         for (int tile = 0; tile < row_tiles(window) * key_tiles(window); ++tile) {
-            for (int element = 0; element < 32 * 4; ++element) {
+            for (int element = 0; element < kWarp * 4; ++element) {
                 const int lane = element / 4, c = element % 4;
-                const int row = tile / key_tiles(window) * 16 + lane / 4 + c / 2 * 8;
-                const int key = tile % key_tiles(window) * 8 + lane % 4 * 2 + c % 2;
+                const int row = tile / key_tiles(window) * kTileRows + lane / 4 + c / 2 * 8;
+                const int key = tile % key_tiles(window) * kTileKeys + lane % 4 * 2 + c % 2;
                 const int y = row / window - key / window, x = row % window - key % window;
                 *expanded++ = key >= tokens ? -INFINITY
-                              : row >= tokens ? 0.0f
-                              : table[(y + window - 1) * width + x + window - 1] * 1.4426950408889634f;
+                              : row >= tokens
+                                  ? 0.0f
+                                  : table[(y + window - 1) * width + x + window - 1] * kLog2E;
             }
         }
     }

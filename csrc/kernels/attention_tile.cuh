@@ -1,10 +1,10 @@
 // What the tensor-core attention kernels share: where the tokens of a window lie, and the products,
 // codes and stores of one tile of 16 queries, all in registers.
 //
-// Lane 4g + t holds channels 8t to 8t + 7 of each row that it loads: one vector load, a whole sector
-// a quad. Queries and keys agree about the channels, so Q K^T does not mind their order. Scores
-// leave it as C fragments; packed in place they are an A fragment of P V, up to an order of the
-// keys within a group that order_values() gives to V as well. The lane ends with channels 8t to
+// Lane 4g + t holds channels 8t to 8t + 7 of each row that it loads: one vector load, a whole
+// sector a quad. Queries and keys agree about the channels, so Q K^T does not mind their order.
+// Scores leave it as C fragments; packed in place they are an A fragment of P V, up to an order of
+// the keys within a group that order_values() gives to V as well. The lane ends with channels 8t to
 // 8t + 7 of rows g and g + 8.
 #pragma once
 
@@ -14,14 +14,15 @@
 namespace swinq {
 
 constexpr float kMaskedLogit = -100.0f * kLog2E;  // logits are kept as multiples of ln 2, for exp2
-constexpr int kTileRows = 16;                // queries of a tile
-constexpr int kTileKeys = 8;                 // keys of one C fragment
+constexpr int kTileRows = 16;                     // queries of a tile
+constexpr int kTileKeys = 8;                      // keys of one C fragment
 
 // ---- tokens of a window ----
 
 struct Token {
-    uint32_t index;   // in the batch
-    uint32_t region;  // bit 0: below, bit 1: right of the edge that the shift rolled into the window
+    uint32_t index;  // in the batch
+    uint32_t
+        region;  // bit 0: below, bit 1: right of the edge that the shift rolled into the window
 };
 
 // Row `row` of window `place` of image `image`. `side`: tokens of the window's side.
@@ -37,15 +38,15 @@ __device__ __forceinline__ Token token_at(const AttentionArguments& a, int side,
     const int edge = side - a.shift;
     Token token;
     token.index = (image * a.resolution + map_y) * a.resolution + map_x;
-    token.region = ((window_y == across - 1) & (y >= edge)) |
-                   ((window_x == across - 1) & (x >= edge)) << 1;
+    token.region =
+        ((window_y == across - 1) & (y >= edge)) | ((window_x == across - 1) & (x >= edge)) << 1;
     return token;
 }
 
 // ---- operands ----
 
-// `kGroup` tiles of keys are the depth of one instruction of P V. A group's keys, and its values, are
-// 8 words a lane in both types.
+// `kGroup` tiles of keys are the depth of one instruction of P V. A group's keys, and its values,
+// are 8 words a lane in both types.
 template <Type kType>
 struct Operand;
 
@@ -58,7 +59,8 @@ struct Operand<Type::kInt8> {
     static constexpr uint32_t kOne = 0x01010101;
 
     // Scores of 16 queries, q[0] in row g and q[1] in row g + 8, and 8 keys.
-    static __device__ __forceinline__ void multiply_keys(int (&s)[4], const uint32_t (&q)[2][kWords],
+    static __device__ __forceinline__ void multiply_keys(int (&s)[4],
+                                                         const uint32_t (&q)[2][kWords],
                                                          const uint32_t* k) {
         const uint32_t a[4] = {q[0][0], q[1][0], q[0][1], q[1][1]};
         mma_s8(s, a, k[0], k[1]);
@@ -89,11 +91,11 @@ struct Operand<Type::kInt8> {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
             const int tile = i & 2, c = 2 * (i & 1), count = columns - 2 * tile;
-            packed[i] = count > 2 ? pack_u8(p[tile][c], p[tile][c + 1], p[tile + 1][c],
-                                            p[tile + 1][c + 1])
-                        : count == 2 ? pack_u8(p[tile][c], p[tile][c + 1])
-                        : count == 1 ? pack_u8(p[tile][c])
-                                     : 0;
+            packed[i] =
+                count > 2 ? pack_u8(p[tile][c], p[tile][c + 1], p[tile + 1][c], p[tile + 1][c + 1])
+                : count == 2 ? pack_u8(p[tile][c], p[tile][c + 1])
+                : count == 1 ? pack_u8(p[tile][c])
+                             : 0;
         }
     }
 
@@ -147,8 +149,8 @@ struct Operand<Type::kHalf> {
 
 // ---- rows in memory ----
 
-// base + token * stride, one wide multiply-add for each address as long as the compiler does not know
-// what base and stride are made of.
+// base + token * stride, one wide multiply-add for each address as long as the compiler does not
+// know what base and stride are made of.
 struct TokenRows {
     char* base;       // of token 0, the lane's channels
     uint32_t stride;  // bytes from token to token

@@ -49,6 +49,38 @@ __device__ __forceinline__ void load_channels(float (&values)[kChannels], const 
     values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
 }
 
+// Brings what an epilogue reads of the tile's columns near while the products are under way: constants, so
+// they need not wait for the kernel before. A line of 128 bytes a thread.
+template <int kColumns>
+__device__ __forceinline__ void prefetch_channels(const EpilogueArguments& arguments, int column) {
+    constexpr int kLines = (kColumns + 31) / 32;
+    const int which = threadIdx.x / kLines, first = column + threadIdx.x % kLines * 32;
+    const float* vector = which == 0   ? arguments.factor
+                          : which == 1 ? arguments.bias
+                          : which == 2 ? arguments.out_inverse
+                          : which == 3 ? arguments.out_scale
+                                       : nullptr;
+    if (vector && first < arguments.n) {
+        asm volatile("prefetch.global.L1 [%0];" ::"l"(vector + first));
+    }
+}
+
+// The same for the rows of the stream that a tile adds to; behind wait_for_predecessor(). kThreads threads
+// take kRows rows of kColumns halves.
+template <int kRows, int kColumns, int kThreads>
+__device__ __forceinline__ void prefetch_stream(const EpilogueArguments& arguments, int row,
+                                                int column) {
+    constexpr int kLines = (kColumns + 63) / 64;
+#pragma unroll
+    for (int i = threadIdx.x; i < kRows * kLines; i += kThreads) {
+        const int r = row + i / kLines, c = column + i % kLines * 64;
+        if (r < arguments.m && c < arguments.n) {
+            asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const __half*>(arguments.out) +
+                                                          static_cast<int64_t>(r) * arguments.n + c));
+        }
+    }
+}
+
 // rint of what lies within +-2^22, half to even: the sum keeps no fraction.
 __device__ __forceinline__ float round_small(float x) {
     constexpr float kMagic = 12582912.0f;  // 1.5 * 2^23
@@ -84,17 +116,20 @@ __device__ __forceinline__ void store_stream(const float (&y)[kChannels], void* 
     }
 }
 
+__device__ __forceinline__ void add_half(float (&y)[kChannels], const uint4& bits) {
+    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        float2 x = unpack_half(words[i]);
+        y[2 * i] = __fadd_rn(x.x, y[2 * i]);
+        y[2 * i + 1] = __fadd_rn(x.y, y[2 * i + 1]);
+    }
+}
+
 template <Type kStream>
 __device__ __forceinline__ void add_stream(float (&y)[kChannels], const void* out, int64_t at) {
     if constexpr (kStream == Type::kHalf) {
-        uint4 bits = *reinterpret_cast<const uint4*>(static_cast<const __half*>(out) + at);
-        const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            float2 x = unpack_half(words[i]);
-            y[2 * i] = __fadd_rn(x.x, y[2 * i]);
-            y[2 * i + 1] = __fadd_rn(x.y, y[2 * i + 1]);
-        }
+        add_half(y, *reinterpret_cast<const uint4*>(static_cast<const __half*>(out) + at));
     } else {
         float x[kChannels];
         const float4* from = reinterpret_cast<const float4*>(static_cast<const float*>(out) + at);
@@ -118,17 +153,51 @@ __device__ __forceinline__ float linear(Accumulator sum, float factor, float bia
     }
 }
 
+// What a warp adds to of the fp16 stream, read before the products so that it need not be waited for behind
+// them: 16 rows of kColumns. Empty where a tile has no registers to spare.
+template <int kColumns, bool kUsed>
+struct StreamRows {
+    static __device__ __forceinline__ StreamRows load(const EpilogueArguments&, int, int) {
+        return {};
+    }
+};
+template <int kColumns>
+struct StreamRows<kColumns, true> {
+    uint4 bits[kColumns / kGroup][2];
+
+    static __device__ __forceinline__ StreamRows load(const EpilogueArguments& arguments, int row,
+                                                      int column) {
+        StreamRows rows;
+        const int lane = threadIdx.x % kWarp;
+#pragma unroll
+        for (int i = 0; i < kColumns / kGroup * 2; ++i) {
+            const int r = row + i % 2 * 8 + lane / 4;
+            const int c = column + i / 2 * kGroup + lane % 4 * kChannels;
+            rows.bits[i / 2][i % 2] = make_uint4(0, 0, 0, 0);
+            if (r < arguments.m && c < arguments.n) {
+                rows.bits[i / 2][i % 2] = *reinterpret_cast<const uint4*>(
+                    static_cast<const __half*>(arguments.out) +
+                    static_cast<int64_t>(r) * arguments.n + c);
+            }
+        }
+        return rows;
+    }
+};
+
 template <Type kOperand, Activation kActivation, Output kOutput, Type kStream>
 struct Epilogue {
     using Accumulator = typename Number<kOperand>::Accumulator;
+    static constexpr bool kAddsStream = kOutput == Output::kResidual && kStream == Type::kHalf;
     static constexpr bool kToStream = kOutput == Output::kResidual || kOutput == Output::kStream;
 
     // A warp's accumulators of kRowBlocks * 16 rows and kTiles * 8 columns; `row` and `column` are
     // the first of them. Every lane of the warp must call.
-    template <int kRowBlocks, int kTiles>
+    // `stream`: the rows to add to, if they were read before.
+    template <int kRowBlocks, int kTiles, bool kRead = false>
     static __device__ __forceinline__ void run(const Accumulator (&acc)[kRowBlocks][kTiles][4],
                                                const EpilogueArguments& arguments, int row,
-                                               int column) {
+                                               int column,
+                                               const StreamRows<kTiles * 8, kRead>& stream = {}) {
         static_assert(kTiles % 4 == 0, "columns come in groups of 32");
         const int lane = threadIdx.x % kWarp;
         const bool rounded = kToStream && arguments.out_scale != nullptr;
@@ -170,8 +239,9 @@ struct Epilogue {
                             y[i] = __fmul_rn(code_of(y[i], inverse[i]), scale[i]);
                         }
                     }
+                    if constexpr (kRead) add_half(y, stream.bits[group][half]);
                     if (r < arguments.m && inside) {
-                        write(y, inverse, arguments.out,
+                        write<kRead>(y, inverse, arguments.out,
                               static_cast<int64_t>(r) * arguments.n + channel);
                     }
                 }
@@ -189,6 +259,7 @@ struct Epilogue {
         for (int i = 0; i < kChannels; ++i) y[i] = __fmul_rn(y[i], inverse);
     }
 
+    template <bool kAdded>
     static __device__ __forceinline__ void write(float (&y)[kChannels],
                                                  const float (&inverse)[kChannels], void* out,
                                                  int64_t at) {
@@ -199,7 +270,7 @@ struct Epilogue {
         } else if constexpr (kOutput == Output::kFloat) {
             store_stream<Type::kFloat>(y, out, at);
         } else {
-            if constexpr (kOutput == Output::kResidual) add_stream<kStream>(y, out, at);
+            if constexpr (kOutput == Output::kResidual && !kAdded) add_stream<kStream>(y, out, at);
             store_stream<kStream>(y, out, at);
         }
     }

@@ -1,9 +1,10 @@
-// GELU in 8 instructions: gelu(y) = max(y, 0) - t (1 - Phi(t)), t = |y|, Phi the normal distribution.
+// GELU in 8 instructions: gelu(y) = max(y, 0) - t (1 - Phi(t)), t = |y|, Phi the normal
+// distribution.
 //
 // log2(1 - Phi(t)) is nearly a parabola: a polynomial of degree 4, fitted in double on [0, 5.5] for
 // the least maximum of |t (2^p(t) - (1 - Phi(t)))| (least squares, reweighted until the extrema are
-// equal), is off by 6.07e-6; in fp32, over all y, gelu() is off by at most 6.5e-6. Its mean error over
-// |y| < 3 is 6e-7. Behind 5.5 t (1 - Phi(t)) is below 1.1e-7 and t stays there.
+// equal), is off by 6.07e-6; in fp32, over all y, gelu() is off by at most 6.5e-6. Its mean error
+// over |y| < 3 is 6e-7. Behind 5.5 t (1 - Phi(t)) is below 1.1e-7 and t stays there.
 #pragma once
 
 #include "device.cuh"

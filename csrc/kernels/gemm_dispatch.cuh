@@ -70,9 +70,9 @@ void with_epilogue(const GemmArguments& g, Function function) {
     refuse_epilogue(g);
 }
 
-// Number of blocks for tiles of rows x columns; throws where a grid cannot hold them.
-inline unsigned grid_size(const GemmArguments& g, int rows, int columns) {
-    const int64_t blocks = ceil_div(g.m, rows) * ceil_div(g.n, columns);
+// Number of blocks for tiles of so many rows, so many side by side; throws where a grid cannot hold them.
+inline unsigned grid_size(const GemmArguments& g, int rows, int64_t tiles_across) {
+    const int64_t blocks = ceil_div(g.m, rows) * tiles_across;
     if (blocks > INT32_MAX) {
         throw Error(Error::kInvalidArgument, "gemm: " + std::to_string(g.m) + " rows need " +
                                                  std::to_string(blocks) +

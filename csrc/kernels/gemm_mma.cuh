@@ -23,7 +23,7 @@ struct MmaTile {
 };
 
 // fp32 operands as three products of TF32 halves: x = big + small, small * small dropped. The error
-// is that of fp32 sums. sm_75 has no TF32: the quad and column lanes exchange values instead.
+// is that of fp32 sums: TF32 products truncate what they add to, so they start from zero. sm_75 has no TF32: the quad and column lanes exchange values instead.
 __device__ __forceinline__ void mma_f32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                         uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
@@ -32,11 +32,12 @@ __device__ __forceinline__ void mma_f32(float (&c)[4], const uint32_t (&a)[4], u
         asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(big) : "f"(x));
         asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(small) : "f"(x - __uint_as_float(big)));
     };
-    auto step = [&c](const uint32_t(&x)[4], uint32_t y0, uint32_t y1) {
+    float sum[4] = {};
+    auto step = [&sum](const uint32_t(&x)[4], uint32_t y0, uint32_t y1) {
         asm volatile(
             "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, "
             "%7}, {%8, %9}, {%0, %1, %2, %3};"
-            : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+            : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
             : "r"(x[0]), "r"(x[1]), "r"(x[2]), "r"(x[3]), "r"(y0), "r"(y1));
     };
     uint32_t big[4], small[4], big0, small0, big1, small1;
@@ -47,6 +48,8 @@ __device__ __forceinline__ void mma_f32(float (&c)[4], const uint32_t (&a)[4], u
     step(small, big0, big1);
     step(big, small0, small1);
     step(big, big0, big1);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) c[i] += sum[i];
 #else
     const int t = threadIdx.x % 4, g = threadIdx.x % kWarp / 4;
 #pragma unroll
@@ -96,7 +99,7 @@ __device__ __forceinline__ void load_slab(uint32_t shared, const int8_t* matrix,
 }
 
 template <Type kOperand, typename Tile, typename Epilogue>
-__global__ void __launch_bounds__(Tile::kThreads)
+__global__ void __launch_bounds__(Tile::kThreads, 2)
     gemm_mma_kernel(const int8_t* __restrict__ a, const int8_t* __restrict__ w, int k_bytes,
                     int padded_n, EpilogueArguments epilogue) {
     using Accumulator = typename Number<kOperand>::Accumulator;

@@ -12,7 +12,7 @@ void launch_mma(const GemmArguments& g, cudaStream_t stream) {
         const int k_bytes = g.k * size_of(kOperand);
         const int padded_n = static_cast<int>(ceil_div(g.n, kGroup)) * kGroup;
         launch(gemm_mma_kernel<kOperand, Tile, decltype(epilogue)>,
-               dim3(grid_size(g, Tile::kRows, Tile::kColumns)), dim3(Tile::kThreads),
+               dim3(grid_size(g, Tile::kRows, ceil_div(g.n, Tile::kColumns))), dim3(Tile::kThreads),
                Tile::kSharedBytes, stream, static_cast<const int8_t*>(g.a),
                static_cast<const int8_t*>(g.w), k_bytes, padded_n, epilogue_arguments(g));
     });
@@ -24,7 +24,9 @@ void gemm_mma(const GemmArguments& g, const GemmTile& tile, cudaStream_t stream)
     auto is = [&tile](int rows, int columns) {
         return tile.rows == rows && tile.columns == columns;
     };
-    if (is(64, 64)) return launch_mma<kOperand, MmaTile<64, 64, 32, 32, 6>>(g, stream);
+    // three products a step and their sum take registers, so fp32 warps have half the rows
+    constexpr int kWarpRows = kOperand == Type::kFloat ? 16 : 32;
+    if (is(64, 64)) return launch_mma<kOperand, MmaTile<64, 64, kWarpRows, 32, 6>>(g, stream);
     if (is(64, 32)) return launch_mma<kOperand, MmaTile<64, 32, 16, 32, 8>>(g, stream);
     if constexpr (kOperand != Type::kFloat) {
         if (is(128, 128)) return launch_mma<kOperand, MmaTile<128, 128, 64, 32, 4>>(g, stream);

@@ -12,7 +12,8 @@ template <Type kOperand, typename Tile>
 void launch_wgmma(const GemmArguments& g, cudaStream_t stream) {
     with_epilogue<kOperand>(g, [&](auto epilogue) {
         launch_wgmma_tile<kOperand, Tile, decltype(epilogue)>(
-            g, epilogue_arguments(g), grid_size(g, Tile::kRows, Tile::kColumns), stream);
+            g, epilogue_arguments(g), grid_size(g, Tile::kRows, ceil_div(g.n, Tile::kColumns)),
+            stream);
     });
 }
 

@@ -10,7 +10,7 @@
 namespace swinq {
 namespace {
 
-// The thread's place in a fragment is free: it takes 8 neighbours (see the top of the file).
+// The thread's place in a fragment is free: it takes 8 neighbours (top of mlp_kernel.cuh).
 constexpr int channel_of_byte(int byte) { return byte % 16 / 4 * 8 + byte / 16 * 4 + byte % 4; }
 constexpr int channel_of_row(int row) { return row % 8 / 2 * 8 + row / 8 * 2 + row % 2; }
 
@@ -20,7 +20,8 @@ void lay_out(const int8_t* weight, int rows, int k, int unit_rows, int8_t* laid_
     for (int unit = 0; unit < rows / unit_rows * blocks; ++unit) {
         int8_t* const slab = laid_out + int64_t{unit / 4} * unit_rows * 128;
         for (int r = 0; r < unit_rows; ++r) {
-            const int row = unit / blocks * unit_rows + r / kGroup * kGroup + channel_of_row(r % kGroup);
+            const int row =
+                unit / blocks * unit_rows + r / kGroup * kGroup + channel_of_row(r % kGroup);
             const int8_t* const from = weight + int64_t{row} * k + unit % blocks * kGroup;
             for (int b = 0; b < kGroup; ++b) {
                 slab[swizzle_128(r * 128 + unit % 4 * kGroup + b)] = from[channel_of_byte(b)];
@@ -29,20 +30,23 @@ void lay_out(const int8_t* weight, int rows, int k, int unit_rows, int8_t* laid_
     }
 }
 
-void require_sizes(int channels, int hidden) {
-    if ((channels == 96 || channels == 128 || channels == 192) && hidden == kExpansion * channels) {
-        return;
-    }
+bool has_kernel(int channels, int hidden) {
+    return (channels == 96 || channels == 128 || channels == 192) &&
+           hidden == kExpansion * channels;
+}
+
+void require_kernel(int channels, int hidden) {
+    if (has_kernel(channels, hidden)) return;
     throw Error(Error::kUnsupported,
-                "mlp: " + std::to_string(channels) + " channels with " + std::to_string(hidden) +
-                    " hidden ones, the kernel has 96, 128 or 192 with four times as many\n"
+                "mlp: " + std::to_string(channels) + " channels, " + std::to_string(hidden) +
+                    " hidden; the kernel has 96, 128 or 192 with four times as many\n"
                     "  fix: use prenorm() and two gemm()");
 }
 
 template <int kChannels>
 void launch_mlp(const MlpArguments& arguments, cudaStream_t stream) {
-    using S = Shape<kChannels>;
-    constexpr int kBytes = sizeof(Memory<S>) + 1024;  // the start may have to move
+    using S = MlpShape<kChannels>;
+    constexpr int kBytes = sizeof(MlpMemory<S>) + 1024;  // the start may have to move
     static_assert(kBytes <= 227 * 1024, "shared memory of a block");
     static_assert(S::kPartBytes % 1024 == 0 && (!S::kRing || S::kStagePasses > 0), "stages");
     const int64_t tiles = ceil_div(arguments.m, kRows);
@@ -54,12 +58,11 @@ void launch_mlp(const MlpArguments& arguments, cudaStream_t stream) {
 }  // namespace
 
 bool mlp_supported(int channels, int hidden) {
-    return compute_capability() == 90 && hidden == kExpansion * channels &&
-           (channels == 96 || channels == 128 || channels == 192);
+    return has_kernel(channels, hidden) && compute_capability() == 90;
 }
 
 void mlp(const MlpArguments& p, cudaStream_t stream) {
-    require_sizes(p.channels, p.hidden);
+    require_kernel(p.channels, p.hidden);
     if (compute_capability() != 90) {
         throw Error(Error::kUnsupported, "mlp: compute capability " +
                                              std::to_string(compute_capability()) +
@@ -67,20 +70,26 @@ void mlp(const MlpArguments& p, cudaStream_t stream) {
                                              "  fix: use prenorm() and two gemm()");
     }
     require_matrix("mlp", p.m, p.channels);
-    require_pointer("mlp", "x", p.x);
-    require_pointer("mlp", "fc1_weight", p.fc1_weight);
-    require_pointer("mlp", "fc2_weight", p.fc2_weight);
-    const std::pair<const char*, const float*> vectors[] = {
-        {"gamma", p.gamma},           {"beta", p.beta},
-        {"in_inverse", p.in_inverse}, {"fc1_factor", p.fc1_factor},
-        {"fc1_bias", p.fc1_bias},     {"hidden_inverse", p.hidden_inverse},
-        {"fc2_factor", p.fc2_factor}, {"fc2_bias", p.fc2_bias}};
-    for (const auto& [name, vector] : vectors) {
-        if (vector == nullptr) refuse_argument("mlp", std::string(name) + " is null", "pass it");
-    }
+    const std::pair<const char*, const void*> pointers[] = {
+        {"x", p.x},
+        {"gamma", p.gamma},
+        {"beta", p.beta},
+        {"in_inverse", p.in_inverse},
+        {"fc1_weight", p.fc1_weight},
+        {"fc1_factor", p.fc1_factor},
+        {"fc1_bias", p.fc1_bias},
+        {"hidden_inverse", p.hidden_inverse},
+        {"fc2_weight", p.fc2_weight},
+        {"fc2_factor", p.fc2_factor},
+        {"fc2_bias", p.fc2_bias}};
+    for (const auto& [name, pointer] : pointers) require_pointer("mlp", name, pointer);
     if ((p.out_inverse == nullptr) != (p.out_scale == nullptr)) {
-        refuse_argument("mlp", "only one of out_inverse and out_scale is null",
+        refuse_argument("mlp", "one of out_inverse and out_scale is null, the other is not",
                         "pass both to round the output, or neither");
+    }
+    if (p.out_scale != nullptr) {
+        require_pointer("mlp", "out_inverse", p.out_inverse);
+        require_pointer("mlp", "out_scale", p.out_scale);
     }
     if (p.m == 0) return;
     switch (p.channels) {
@@ -91,12 +100,12 @@ void mlp(const MlpArguments& p, cudaStream_t stream) {
 }
 
 void mlp_layout_fc1(const int8_t* weight, int channels, int hidden, int8_t* laid_out) {
-    require_sizes(channels, hidden);
+    require_kernel(channels, hidden);
     lay_out(weight, hidden, channels, step_of(channels), laid_out);
 }
 
 void mlp_layout_fc2(const int8_t* weight, int channels, int hidden, int8_t* laid_out) {
-    require_sizes(channels, hidden);
+    require_kernel(channels, hidden);
     lay_out(weight, channels, hidden, channels, laid_out);
 }
 

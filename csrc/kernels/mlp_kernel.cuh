@@ -1,79 +1,29 @@
 // The MLP of a v1 block in one kernel, sm_90a only: x := fp16(x + fc2(gelu(fc1(LayerNorm(x))))).
 //
-// A warpgroup takes 64 rows from LayerNorm to the residual in registers, alone: of every 32 channels,
-// hidden channels or outputs a thread holds 8 neighbouring ones of rows g and g + 8 (lane = 4 g + t).
-// What it loads is thus an A fragment of fc1, the sums of fc1 become an A fragment of fc2, and the sums
-// of fc2 lie where x was loaded, if the weights' rows and columns are permuted to match:
-//   k: byte 16 h + 4 t + b of 32 is channel 8 t + 4 h + b     rows: row 8 j + 2 t + e is 8 t + 2 j + e
-// The weights are the only operands in shared memory. Three warpgroups of a block share them and run
-// freely against each other: one's GELU goes beside another's products.
-//
-// Both weights are cut into units of 32 bytes of k for kStep (fc1) or all (fc2) rows, and four units
-// make a slab (wgmma.cuh). A stage is what 128 hidden channels need of both, a contiguous piece of
-// each. If all stages fit they are copied once; else they go round in a ring of kSlots, and the last
-// warp to be done with a stage orders the next one.
+// A warpgroup takes 64 rows from LayerNorm to the residual in registers, alone: of every 32
+// channels, hidden channels or outputs a thread holds 8 neighbouring ones of rows g and g + 8 (lane
+// = 4 g + t). What it loads is thus an A fragment of fc1, the sums of fc1 become an A fragment of
+// fc2, and the sums of fc2 lie where x was loaded, if the weights' rows and columns are permuted to
+// match:
+//   k:    byte 16 h + 4 t + b of 32 is channel 8 t + 4 h + b
+//   rows: row 8 j + 2 t + e of 32 is channel 8 t + 2 j + e
+// The weights are the only operands in shared memory. Three warpgroups of a block share them and
+// run freely against each other: one's GELU goes beside another's products.
 #pragma once
 
 #include "channels.cuh"
 #include "gelu.cuh"
-#include "mlp.h"
-#include "wgmma.cuh"
+#include "mlp_memory.cuh"
 
 namespace swinq {
 
-constexpr int kRows = 64;  // of a warpgroup
-constexpr int kWarpgroups = 3;
-constexpr int kThreads = kWarpgroups * kWarpgroup;
-constexpr int kGroup = 32;  // channels that a quad of threads holds
-constexpr int kStageHidden = 128;
-constexpr int kExpansion = 4;  // hidden / channels
-
-// Hidden channels of one pass of the loop: as many as the registers allow.
-constexpr int step_of(int channels) { return channels == 96 ? 96 : channels == 128 ? 64 : 32; }
-
-template <int kChannels_>
-struct Shape {
-    static constexpr int kChannels = kChannels_, kHidden = kExpansion * kChannels;
-    static constexpr int kBlocks = kChannels / kGroup;  // products of a step of fc1
-    static constexpr int kStep = step_of(kChannels);
-    static constexpr int kGroups = kStep / kGroup;  // products of a step of fc2
-    static constexpr int kUnroll = kStep == 32 ? 2 : 1;  // steps of a pass
-
-    static constexpr int kAhead = 3;  // blocks of x in registers at the end
-
-    static constexpr int kStages = kHidden / kStageHidden;
-    static constexpr int kPartBytes = kStageHidden * kChannels;  // of a stage, each weight
-    static constexpr int kSlots = kStages < 4 ? kStages : 4;
-    static constexpr bool kRing = kSlots < kStages;
-    static constexpr int kStagePasses = kStageHidden / (kStep * kUnroll);  // in a ring
-};
-
-// Vectors over channels, as they lie in shared memory.
-template <typename Shape>
-struct Constants {
-    float fc1_factor[Shape::kHidden], fc1_bias[Shape::kHidden], hidden_inverse[Shape::kHidden];
-    float gamma[Shape::kChannels], beta[Shape::kChannels], in_inverse[Shape::kChannels];
-    float fc2_factor[Shape::kChannels], fc2_bias[Shape::kChannels];
-    float out_inverse[Shape::kChannels], out_scale[Shape::kChannels];
-};
-
-// Shared memory of a block. The weights' slabs want multiples of 1024 bytes.
-template <typename Shape>
-struct Memory {
-    uint8_t fc1[Shape::kSlots][Shape::kPartBytes];
-    uint8_t fc2[Shape::kSlots][Shape::kPartBytes];
-    Constants<Shape> constants;
-    uint64_t full[Shape::kSlots];  // barriers
-    uint64_t constants_full;
-    uint32_t released[Shape::kSlots];  // warps that were done with the slot, from the start
-};
-
-// How far unit `unit` of a pass of the loop lies behind the first unit, in bytes; slabs of `rows` rows.
+// How far unit `unit` of a pass of the loop lies behind the first unit, for move_descriptor();
+// slabs of `rows` rows. What is the same for a pass's units comes first, to be computed once.
 template <int kUnitsPerPass>
-__device__ __forceinline__ uint32_t unit_offset(int pass, int unit, int rows) {
-    const auto offset = [rows](int u) { return u / 4 * rows * 128 + u % 4 * 32; };
+__device__ __forceinline__ uint32_t unit_offset(unsigned pass, unsigned unit, unsigned rows) {
+    const auto offset = [rows](unsigned u) { return u / 4 * (rows * 8 - 8) + u * 2; };
     if (kUnitsPerPass % 4 == 0) return pass * offset(kUnitsPerPass) + offset(unit);
-    if (4 % kUnitsPerPass == 0) return offset(pass * kUnitsPerPass) + unit * 32;
+    if (4 % kUnitsPerPass == 0) return offset(pass * kUnitsPerPass) + unit * 2;
     return offset(pass * kUnitsPerPass + unit);
 }
 
@@ -84,12 +34,12 @@ __device__ __forceinline__ void load_shared(float (&x)[4], const float* s_from) 
 
 // What a thread holds of x: 8 channels of each block, of two rows.
 template <int kBlocks>
-struct Rows {
+struct MlpRows {
     __half* first;  // of row g
     bool inside[2];
     Vector<__half> bits[2][kBlocks];
 
-    __device__ __forceinline__ Rows(__half* x, int row, int m)
+    __device__ __forceinline__ MlpRows(__half* x, int row, int m)
         : first(x + static_cast<int64_t>(row) * kBlocks * kGroup + threadIdx.x % 4 * kVector),
           inside{row < m, row + 8 < m} {}
 
@@ -107,8 +57,8 @@ struct Rows {
 // Codes of LayerNorm of the thread's two rows, as A fragments.
 template <typename Shape>
 __device__ __forceinline__ void normalize(uint32_t (&a)[Shape::kBlocks][4],
-                                          const Rows<Shape::kBlocks>& rows, float eps,
-                                          const Constants<Shape>& s) {
+                                          const MlpRows<Shape::kBlocks>& rows, float eps,
+                                          const MlpConstants<Shape>& s) {
     const int first = static_cast<int>(threadIdx.x) % 4 * kVector;
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -157,7 +107,7 @@ __device__ __forceinline__ void normalize(uint32_t (&a)[Shape::kBlocks][4],
 // Codes of GELU of one group's sums, as an A fragment; `hidden` is the thread's first channel.
 template <typename Shape>
 __device__ __forceinline__ void activate(uint32_t (&a)[4], const int (&acc)[Shape::kStep / 2],
-                                         int group, int hidden, const Constants<Shape>& s) {
+                                         int group, int hidden, const MlpConstants<Shape>& s) {
 #pragma unroll
     for (int i = 0; i < kVector; i += 4) {
         float factor[4], bias[4], inverse[4];
@@ -180,8 +130,8 @@ __device__ __forceinline__ void activate(uint32_t (&a)[4], const int (&acc)[Shap
 // x := fp16(x + y), y from the sums of fc2. The first kAhead blocks of x are loaded.
 template <typename Shape, bool kRounded>
 __device__ __forceinline__ void add_residual(const int (&acc)[Shape::kChannels / 2],
-                                             Rows<Shape::kBlocks>& rows,
-                                             const Constants<Shape>& s) {
+                                             MlpRows<Shape::kBlocks>& rows,
+                                             const MlpConstants<Shape>& s) {
     const int first = static_cast<int>(threadIdx.x) % 4 * kVector;
 #pragma unroll
     for (int block = 0; block < Shape::kBlocks; ++block) {
@@ -224,82 +174,6 @@ __device__ __forceinline__ void add_residual(const int (&acc)[Shape::kChannels /
     }
 }
 
-// One more of what `counter` counts; everything before is done for whoever counts later.
-__device__ __forceinline__ unsigned count_up(uint32_t counter) {
-    unsigned before;
-    asm volatile("atom.acq_rel.cta.shared::cta.add.u32 %0, [%1], 1;"
-                 : "=r"(before)
-                 : "r"(counter)
-                 : "memory");
-    return before + 1;
-}
-
-// What a block copies to shared memory. `turn` counts stages from its first tile on.
-template <typename Shape>
-struct Copies {
-    const MlpArguments& p;
-    const Memory<Shape>& s;
-    int turns;  // stages that all the block's tiles take
-
-    static __device__ __forceinline__ int slot_of(int turn) { return turn % Shape::kSlots; }
-
-    __device__ __forceinline__ void copy(int turn) const {
-        const int stage = turn % Shape::kStages, slot = slot_of(turn);
-        const uint32_t full = shared_address(&s.full[slot]);
-        arrive_expecting(full, 2 * Shape::kPartBytes);
-        copy_bulk(shared_address(s.fc1[slot]), p.fc1_weight + stage * Shape::kPartBytes,
-                  Shape::kPartBytes, full);
-        copy_bulk(shared_address(s.fc2[slot]), p.fc2_weight + stage * Shape::kPartBytes,
-                  Shape::kPartBytes, full);
-    }
-
-    template <int kCount>
-    __device__ __forceinline__ void copy(const float (&s_to)[kCount], const float* from) const {
-        if (from != nullptr) {
-            const uint32_t full = shared_address(&s.constants_full);
-            expect_bytes(full, sizeof(s_to));
-            copy_bulk(shared_address(s_to), from, sizeof(s_to), full);
-        }
-    }
-
-    // By one thread, before the block's barrier.
-    __device__ __forceinline__ void start() const {
-        for (int slot = 0; slot < Shape::kSlots; ++slot) {
-            init_barrier(shared_address(&s.full[slot]), 1);
-            asm volatile("st.shared.u32 [%0], 0;" ::"r"(shared_address(&s.released[slot])));
-        }
-        init_barrier(shared_address(&s.constants_full), 1);
-        publish_barriers();
-        copy(s.constants.gamma, p.gamma);
-        copy(s.constants.beta, p.beta);
-        copy(s.constants.in_inverse, p.in_inverse);
-        copy(s.constants.fc1_factor, p.fc1_factor);
-        copy(s.constants.fc1_bias, p.fc1_bias);
-        copy(s.constants.hidden_inverse, p.hidden_inverse);
-        copy(s.constants.fc2_factor, p.fc2_factor);
-        copy(s.constants.fc2_bias, p.fc2_bias);
-        copy(s.constants.out_inverse, p.out_inverse);
-        copy(s.constants.out_scale, p.out_scale);
-        arrive(shared_address(&s.constants_full));
-        for (int turn = 0; turn < Shape::kSlots; ++turn) copy(turn);
-    }
-
-    __device__ __forceinline__ void wait(int turn) const {
-        wait_for_barrier(shared_address(&s.full[slot_of(turn)]),
-                         Shape::kRing ? turn / Shape::kSlots % 2 : 0);
-    }
-
-    // By every warp of the block, once a turn, when products no longer read the stage.
-    __device__ __forceinline__ void release(int turn) const {
-        if (threadIdx.x % kWarp == 0 &&
-            count_up(shared_address(&s.released[slot_of(turn)])) % (kThreads / kWarp) == 0 &&
-            turn + Shape::kSlots < turns) {
-            copy(turn + Shape::kSlots);
-        }
-        __syncwarp();
-    }
-};
-
 template <typename Shape, bool kRounded>
 __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant__ MlpArguments p) {
     constexpr int kChannels = Shape::kChannels, kBlocks = Shape::kBlocks;
@@ -307,7 +181,7 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
     constexpr int kUnroll = Shape::kUnroll, kPasses = Shape::kHidden / kStep / kUnroll;
     constexpr int kStagePasses = Shape::kStagePasses;
     extern __shared__ uint8_t shared[];
-    auto& s = *reinterpret_cast<Memory<Shape>*>(shared + (-shared_address(shared) & 1023u));
+    auto& s = *reinterpret_cast<MlpMemory<Shape>*>(shared + (-shared_address(shared) & 1023u));
     const uint64_t fc1_first = tile_descriptor(shared_address(s.fc1));
     const uint64_t fc2_first = tile_descriptor(shared_address(s.fc2));
 
@@ -316,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
     const int tiles = (p.m + kRows - 1) / kRows;
     const int blocks = static_cast<int>(gridDim.x), block_index = static_cast<int>(blockIdx.x);
     const int rounds = (tiles - block_index + kWarpgroups * blocks - 1) / (kWarpgroups * blocks);
-    const Copies<Shape> copies = {p, s, rounds * Shape::kStages};
+    const MlpCopies<Shape> copies = {p, s, rounds * Shape::kStages};
     if (threadIdx.x == 0) copies.start();
     __syncthreads();
     wait_for_barrier(shared_address(&s.constants_full), 0);
@@ -339,7 +213,7 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
         uint32_t input[kBlocks][4], hidden[kGroups][4];
         int sums[kStep / 2], outputs[kChannels / 2];
         {
-            Rows<kBlocks> rows(x, row, p.m);
+            MlpRows<kBlocks> rows(x, row, p.m);
 #pragma unroll
             for (int block = 0; block < kBlocks; ++block) rows.load(block);
             normalize<Shape>(input, rows, p.eps, s.constants);
@@ -347,14 +221,14 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
 
         // Step = pass * kUnroll + i. In a ring, stages follow each other anywhere.
         auto stage_offset = [&](int pass) {
-            return Shape::kRing ? Copies<Shape>::slot_of(first_turn + pass / kStagePasses) *
-                                      Shape::kPartBytes
+            return Shape::kRing ? MlpCopies<Shape>::slot_of(first_turn + pass / kStagePasses) *
+                                      (Shape::kPartBytes / 16)
                                 : 0;
         };
         auto pass_in_stage = [](int pass) { return Shape::kRing ? pass % kStagePasses : pass; };
         auto start_fc1 = [&](int pass, int i) {
             const int step = pass * kUnroll + i;
-            if (i == 0 || !Shape::kRing) {
+            if (Shape::kRing ? i == 0 : round == 0) {
                 copies.wait(first_turn + ((step + 1) * kStep - 1) / kStageHidden);
             }
             begin_products();
@@ -407,7 +281,7 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
         begin_products();
         start_fc2(kPasses - 1, kUnroll - 1);
         commit_products();
-        Rows<kBlocks> rows(x, row, p.m);
+        MlpRows<kBlocks> rows(x, row, p.m);
 #pragma unroll
         for (int block = 0; block < Shape::kAhead; ++block) rows.load(block);
         wait_for_products<0>();

@@ -1,4 +1,4 @@
-// patch_embed(): checks the arguments, clears the status and calls the kernel for the stream's type.
+// patch_embed(): checks the arguments, clears the status, calls the kernel for the stream's type.
 #include "patch_embed.h"
 
 #include "arguments.h"

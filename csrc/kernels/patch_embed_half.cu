@@ -1,8 +1,8 @@
 // Patch embedding of an fp16 stream: pixels go from the image straight into mma fragments.
 //
-// A warp computes 16 tokens with all channels, so the LayerNorm is a matter of quads. Two permutations
-// make every access wide: of k, so that the four pixels that a thread needs of a slab (16 k) are
-// neighbours, and of the weight's rows, so that a thread ends with 8 neighbouring channels.
+// A warp computes 16 tokens with all channels, so the LayerNorm is a matter of quads. Two
+// permutations make every access wide: of k, so that the four pixels that a thread needs of a slab
+// (16 k) are neighbours, and of the weight's rows, so that it ends with 8 neighbouring channels.
 #include "arguments.h"
 #include "channels.cuh"
 #include "patch_embed_kernels.h"
@@ -16,7 +16,7 @@ constexpr int kTileRows = 16;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
 constexpr int kSlab = 16;   // k of one mma
-constexpr int kSlabs = 3;   // of a chunk, which is loaded at once: a patch of 4 x 4 pixels, 3 channels
+constexpr int kSlabs = 3;   // of a chunk, loaded at once: a patch of 3 channels, 4 x 4 pixels
 constexpr int kChunk = kSlabs * kSlab;
 constexpr int kGroup = 32;  // channels of four n8 tiles
 
@@ -73,7 +73,7 @@ struct SharedLayout {
     }
 };
 
-// Channel of row n (of 32) of a group of weights: n8 tile j = n / 8 has 8t + 2j + e at column 2t + e.
+// Channel of row n (of 32) of a group: column 2t + e of n8 tile j = n / 8 is channel 8t + 2j + e.
 __device__ __forceinline__ int channel_of_row(int n) {
     return n % 8 / 2 * 8 + n / 8 * 2 + n % 2;
 }
@@ -94,7 +94,7 @@ __device__ __forceinline__ void read_shared(float (&x)[kVector], const float* fr
     vector.unpack(x);
 }
 
-// kNeighbours: the patch's width is a multiple of 4, so that k, ..., k + 3 are neighbours in the image.
+// kNeighbours: the patch's width is a multiple of 4, so k, ..., k + 3 are neighbours in the image.
 template <typename Pixel, int kGroups, bool kNeighbours>
 __global__ void __launch_bounds__(kThreads, blocks_per_multiprocessor(kGroups))
     patch_embed_half_kernel(const PatchEmbedArguments a, const PatchGeometry geometry,

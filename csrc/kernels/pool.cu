@@ -1,8 +1,8 @@
 // pool(): the final LayerNorm and the mean over an image's tokens.
 //
-// One block an image, a warp a token at a time. As the mean is linear, the tokens' (x - mean) * rstd are
-// summed, and gamma and beta applied to the sum. A warp adds its tokens in order, then the warps' sums
-// are added in order: nothing depends on the batch.
+// One block an image, a warp a token at a time. As the mean is linear, (x - mean) * rstd is summed
+// over the tokens, and gamma and beta applied to the sum. A warp adds its tokens in order, then the
+// sums of the warps are added in order: nothing depends on the batch.
 #include <algorithm>
 
 #include "layernorm.h"

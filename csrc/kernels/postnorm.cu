@@ -1,14 +1,10 @@
-// postnorm(): LayerNorm of a layer's output, the residual sum and the next layer's codes in one pass.
+// postnorm(): LayerNorm of a layer's output, the residual sum and the next layer's codes at once.
 #include "layernorm.h"
 #include "row_statistics.cuh"
 
 namespace swinq {
 
 namespace {
-
-// Of a multiprocessor: at most 168 registers each, or 255 in FP32 models.
-template <typename T>
-constexpr int kResidentThreads = sizeof(T) == 2 ? 384 : 256;
 
 template <typename Y, typename T, int kVectors>
 __global__ void __launch_bounds__(kResidentThreads<T>, 1)

@@ -6,10 +6,6 @@ namespace swinq {
 
 namespace {
 
-// Of a multiprocessor: at most 128 registers each, or 255 in FP32 models.
-template <typename T>
-constexpr int kResidentThreads = sizeof(T) == 2 ? 512 : 256;
-
 __device__ __forceinline__ void store_operand(const float (&x)[kVector],
                                               const float (&inverse)[kVector], Type operand,
                                               void* out, int64_t at) {
@@ -42,13 +38,13 @@ __device__ __forceinline__ int column_offset(const PrenormArguments& a, int colu
 }
 
 template <typename T, int kVectors>
-__global__ void __launch_bounds__(kRowLanes, kResidentThreads<T> / kRowLanes)
+__global__ void __launch_bounds__(kResidentThreads<T>, 1)
     prenorm_kernel(const PrenormArguments a, const RowLayout layout, const Divisor width) {
     __shared__ float partial[2][kRowWarps];
     const int lane = threadIdx.x & (layout.lanes - 1);
     const int held = layout.held(lane);
     float gamma[kVectors][kVector], beta[kVectors][kVector], inverse[kVectors][kVector];
-    int offset[kVectors];
+    int offset[kVectors] = {};
 #pragma unroll
     for (int v = 0; v < kVectors; ++v) {
         if (v >= held) continue;
@@ -83,7 +79,7 @@ __global__ void __launch_bounds__(kRowLanes, kResidentThreads<T> / kRowLanes)
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) vectors[v].unpack(x[v]);
         load(row + stride);  // on its way while this row is computed
-        bool finite = true;
+        bool finite;
         if (a.gamma) {
             const Statistics s = row_statistics(x, held, width, a.eps, total);
             finite = isfinite(s.mean);

@@ -1,8 +1,8 @@
 // How the LayerNorm kernels share rows among threads, and a row's mean and deviation.
 //
-// A row belongs to `lanes` threads, a power of two from 4 to 256. Thread `lane` of them holds vectors
-// (of 8 channels) lane, lane + lanes, ...: up to 3, so that its part of gamma, beta and scales stays in
-// registers while it goes from row to row. A sum's order follows from the width alone.
+// A row belongs to `lanes` threads, a power of two from 4 to 256. Thread `lane` of them holds the
+// vectors (of 8 channels) lane, lane + lanes, ...: up to 3, so that its part of gamma, beta and
+// scales stays in registers while it goes from row to row. A sum's order follows from the width.
 #pragma once
 
 #include "arguments.h"
@@ -10,10 +10,14 @@
 
 namespace swinq {
 
-constexpr int kRowVectors = 3;  // of a thread
-constexpr int kRowThreads = 128;  // of a block whose rows belong to at most as many
-constexpr int kRowLanes = 256;  // of a row, at most
+constexpr int kRowVectors = 3;    // of a thread, at most
+constexpr int kRowLanes = 256;    // of a row, at most
+constexpr int kRowThreads = 128;  // of a block whose rows have at most as many lanes
 constexpr int kRowWarps = kRowLanes / kWarp;
+
+// Of a multiprocessor: at most 168 registers each, or 255 in FP32 models.
+template <typename T>
+constexpr int kResidentThreads = sizeof(T) == 2 ? 384 : 256;
 
 struct RowLayout {
     int rows, width;
@@ -42,8 +46,8 @@ inline RowLayout row_layout(const std::string& kernel, int rows, int width) {
     return layout;
 }
 
-// As many blocks as the device holds at once with `resident_threads` a multiprocessor, or fewer that
-// all have the same number of rows to do.
+// As many blocks as the device holds at once with `resident_threads` a multiprocessor, or fewer
+// that all have the same number of rows to do.
 inline unsigned row_blocks(const RowLayout& layout, int resident_threads) {
     const int64_t blocks = ceil_div(layout.rows, layout.rows_per_block());
     const int64_t resident =
@@ -51,8 +55,8 @@ inline unsigned row_blocks(const RowLayout& layout, int resident_threads) {
     return static_cast<unsigned>(ceil_div(blocks, ceil_div(blocks, resident)));
 }
 
-// Sum over a row's threads. Every thread of the block calls. `partial` serves rows of several warps; it
-// must not be that of the sum before, which other warps may still read.
+// Sum over a row's threads. Every thread of the block calls. `partial` serves rows of several warps
+// and must not be that of the sum before, which other warps may still read.
 __device__ __forceinline__ float row_sum(float x, int lanes, float (&partial)[kRowWarps]) {
 #pragma unroll
     for (int offset = kWarp / 2; offset; offset /= 2) {
@@ -63,7 +67,10 @@ __device__ __forceinline__ float row_sum(float x, int lanes, float (&partial)[kR
         if (threadIdx.x % kWarp == 0) partial[warp] = x;
         __syncthreads();
         x = 0;
-        for (int i = 0; i < lanes / kWarp; ++i) x += partial[first + i];
+#pragma unroll
+        for (int i = 0; i < kRowWarps; ++i) {
+            if (i < lanes / kWarp) x += partial[first + i];
+        }
     }
     return x;
 }
@@ -79,16 +86,15 @@ struct Divisor {
     explicit Divisor(int width)
         : value(static_cast<float>(width)), reciprocal(1.0f / static_cast<float>(width)) {}
 
-    // One step of Newton's makes it as good as a division: a row of equal halves deviates by nothing.
+    // One step of Newton's makes it as good as a division: equal halves do not deviate at all.
     __device__ float divide(float x) const {
         const float quotient = __fmul_rn(x, reciprocal);
         return __fmaf_rn(__fmaf_rn(-quotient, value, x), reciprocal, quotient);
     }
 };
 
-// Two passes over registers; the vectors from `held` on are zero. total(value, pass) is the sum over the
-// row's threads. The mean of a row that holds a non-finite number is not finite, and of halves only
-// then.
+// Two passes over registers; the vectors from `held` on are zero. total(value, pass) sums over the
+// row's threads. A row that holds a non-finite number has no finite mean, and of halves no other.
 template <int kVectors, typename Total>
 __device__ __forceinline__ Statistics row_statistics(const float (&x)[kVectors][kVector], int held,
                                                      const Divisor& width, float eps, Total total) {

@@ -1,17 +1,17 @@
-// What only Hopper (sm_90a) has, by name: products of a warpgroup (wgmma), barriers in shared memory,
-// bulk copies, and moving registers between warpgroups.
+// What only Hopper (sm_90a) has, by name: products of a warpgroup (wgmma), barriers in shared
+// memory, bulk copies, and moving registers between warpgroups.
 //
-// An operand in shared memory is a slab: rows of 128 bytes of k, swizzled, first byte aligned to 1024.
-// Byte b of row r lies at swizzle_128(128 * r + b). One product takes 32 bytes of k, so a slab holds
-// four steps of k side by side; tile_descriptor(slab + 32 * step) names one.
+// An operand in shared memory is a slab: rows of 128 bytes of k, swizzled, first byte aligned to
+// 1024. Byte b of row r lies at swizzle_128(128 * r + b). One product takes 32 bytes of k, so a
+// slab holds four steps of k side by side; tile_descriptor(slab + 32 * step) names one.
 //
 // Fragments are those of device.cuh, warp w of the warpgroup holding rows 16 w to 16 w + 15:
 //   a[0..3]  as of mma.m16n8k32 (s8), mma.m16n8k16 (fp16)
 //   d[4 j + 2 h + e]  row 16 w + g + 8 h, column 8 j + 2 t + e
 //
 // Order of a chain: begin_products(), products, commit_products(), wait_for_products<pending>(),
-// hold(d), then d may be read. Until then neither d nor a may be touched. begin_products() goes before
-// every chain whose registers were written by anything else than products.
+// hold(d), then d may be read. Until then neither d nor a may be touched. begin_products() goes
+// before every chain whose registers were written by anything else than products.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -34,20 +34,22 @@ __device__ __forceinline__ uint64_t tile_descriptor(uint32_t shared) {
     return kConstant | ((shared & 0x3ffff) >> 4);
 }
 
-// The descriptor of what lies `bytes` (a multiple of 16) further.
-__device__ __forceinline__ uint64_t move_descriptor(uint64_t descriptor, uint32_t bytes) {
-    return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + bytes / 16);
+// The descriptor of what lies 16 * `steps` bytes further.
+__device__ __forceinline__ uint64_t move_descriptor(uint64_t descriptor, uint32_t steps) {
+    return (descriptor >> 32 << 32) | (static_cast<uint32_t>(descriptor) + steps);
 }
 
 // ---- barriers in shared memory (8 bytes, 8-byte aligned) ----
 
 __device__ __forceinline__ void init_barrier(uint32_t barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals)
+                 : "memory");
 }
 
 // After the last init_barrier, before the block's other threads or a copy see the barriers.
 __device__ __forceinline__ void publish_barriers() {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 
 __device__ __forceinline__ void arrive(uint32_t barrier) {
@@ -86,8 +88,8 @@ __device__ __forceinline__ void wait_for_barrier(uint32_t barrier, uint32_t pari
 __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, uint32_t bytes,
                                           uint32_t barrier) {
     asm volatile(
-        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-            shared),
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1], %2, [%3];" ::"r"(shared),
         "l"(global), "r"(bytes), "r"(barrier)
         : "memory");
 }

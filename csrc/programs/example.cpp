@@ -17,6 +17,9 @@ namespace {
 constexpr int kWarmUps = 20, kRuns = 100;
 constexpr int kDevice = 0;
 constexpr int kComparedImages = 2;  // with another precision: the first ones
+// Of the deviation of the logits. On the CPU, codes cost these weights 0.01 to 0.02, and 0.05 on
+// images of 32 pixels, where the mean over the tokens hides less; fp16 costs 0.001.
+constexpr double kInt8Error = 0.1, kHalfError = 0.01;
 
 struct PlanDelete {
     void operator()(swinq_plan* plan) const { swinq_plan_destroy(plan); }
@@ -66,7 +69,8 @@ Plan plan_from_file(const Example& example) {
     require("embed_dim", found.embed_dim, asked.embed_dim);
     require("the depth of stage 2", found.depths[2], asked.depths[2]);
     if (mode == 0 && (example.numbers == Numbers::kFloat || computes_in_int8(plan.get()))) {
-        throw std::runtime_error(example.checkpoint + ": not a file of " + name_of(example.numbers) +
+        throw std::runtime_error(example.checkpoint + ": not a file of " +
+                                 name_of(example.numbers) +
                                  " layers\n  fix: run swin_int8_example on it");
     }
     return plan;
@@ -160,8 +164,7 @@ double relative_error(const std::vector<float>& found, const std::vector<float>&
 
 void check_output(const Session& session, int batch, const Stream& stream, const Graph& graph) {
     auto run = [&](int images) {
-        return session.logits(images, stream,
-                              [&](cudaStream_t s) { session.enqueue(images, s); });
+        return session.logits(images, stream, [&](cudaStream_t s) { session.enqueue(images, s); });
     };
     const std::vector<float> logits = run(batch);
     for (size_t i = 0; i < logits.size(); ++i) {
@@ -169,8 +172,7 @@ void check_output(const Session& session, int batch, const Stream& stream, const
         throw std::runtime_error("logit " + std::to_string(i) + " is no number");
     }
     require_equal(logits, run(batch), "in a second run");
-    require_equal(logits,
-                  session.logits(batch, stream, [&](cudaStream_t s) { graph.launch(s); }),
+    require_equal(logits, session.logits(batch, stream, [&](cudaStream_t s) { graph.launch(s); }),
                   "from a CUDA graph");
     std::vector<float> more = run(batch + 1);
     require_equal(logits, std::vector<float>(more.begin(), more.begin() + logits.size()),
@@ -179,18 +181,18 @@ void check_output(const Session& session, int batch, const Stream& stream, const
     require_equal(std::vector<float>(logits.begin(), logits.begin() + classes),
                   std::vector<float>(more.end() - classes, more.end()),
                   "of the same image at the end of the batch");
-    std::printf("checked: finite; same bits again, from a CUDA graph, in a larger batch, elsewhere "
-                "in it\n");
+    std::printf(
+        "checked: finite; same bits again, from a CUDA graph, in a larger batch, elsewhere "
+        "in it\n");
 }
 
 // The same function in another precision, which other kernels compute.
 void compare_precisions(const Example& example, const Session& session,
                         const std::vector<float>& images, const Stream& stream) {
     const Numbers other = example.numbers == Numbers::kFloat ? Numbers::kHalf : Numbers::kFloat;
-    const double allowed = example.numbers == Numbers::kInt8Mode1 ||
-                                   example.numbers == Numbers::kInt8Mode2
-                               ? 0.3
-                               : 0.03;
+    const bool is_int8 =
+        example.numbers == Numbers::kInt8Mode1 || example.numbers == Numbers::kInt8Mode2;
+    const double allowed = is_int8 ? kInt8Error : kHalfError;
     const int compared = std::min(example.batch, kComparedImages);
     const Session wanted(made_up_plan(example, other), images, example.batch,
                          other == Numbers::kFloat);
@@ -199,12 +201,12 @@ void compare_precisions(const Example& example, const Session& session,
     };
     const double error = relative_error(logits(session), logits(wanted));
     if (!(error <= allowed)) {
-        throw std::runtime_error(std::string("the logits of ") + name_of(example.numbers) + " and " +
-                                 name_of(other) + " are " + std::to_string(error) +
+        throw std::runtime_error(std::string("the logits of ") + name_of(example.numbers) +
+                                 " and " + name_of(other) + " are " + std::to_string(error) +
                                  " of their deviation apart, wanted at most " +
                                  std::to_string(allowed));
     }
-    std::printf("checked: within %.4f of the deviation of the %s logits, %.2f allowed\n", error,
+    std::printf("checked: %.4f of their deviation away from the %s logits, %.2f allowed\n", error,
                 name_of(other), allowed);
 }
 
@@ -228,11 +230,12 @@ int run_example(const Example& example) {
     size_t weight_bytes = 0;
     check(swinq_launch_count(session.plan(), &launches));
     check(swinq_weight_bytes(session.plan(), &weight_bytes));
-    std::printf("Swin v%d %s, window %d, image %d, batch %d, %s, %s on %s: %d kernels, %.1f MB of "
-                "weights\n",
-                example.version, name_of(example.size), example.window, side, batch,
-                name_of(example.numbers), made_up ? "made-up weights" : example.checkpoint.c_str(),
-                device.name, launches, static_cast<double>(weight_bytes) / 1e6);
+    std::printf(
+        "Swin v%d %s, window %d, image %d, batch %d, %s, %s on %s: %d kernels, %.1f MB of "
+        "weights\n",
+        example.version, name_of(example.size), example.window, side, batch,
+        name_of(example.numbers), made_up ? "made-up weights" : example.checkpoint.c_str(),
+        device.name, launches, static_cast<double>(weight_bytes) / 1e6);
 
     const Stream stream;
     auto forward = [&](cudaStream_t s) { session.enqueue(batch, s); };
@@ -244,10 +247,10 @@ int run_example(const Example& example) {
         median_ms(stream, kWarmUps, kRuns, [&](cudaStream_t s) { graph.launch(s); });
     const float without_graph = median_ms(stream, kWarmUps, kRuns, forward);
     std::printf("SWINQ-CPP-time %.4f ms\n", with_graph);
-    std::printf("[INFO] batch_size %d img_size %d window_size %d, median of %d: SWINQ-CPP-time %.2f "
-                "ms with a CUDA graph, %.2f ms without, %.0f images/s\n",
-                batch, side, example.window, kRuns, with_graph, without_graph,
-                1000.0 * batch / with_graph);
+    std::printf(
+        "[INFO] batch_size %d img_size %d window_size %d, median of %d: SWINQ-CPP-time %.2f "
+        "ms with a CUDA graph, %.2f ms without, %.0f images/s\n",
+        batch, side, example.window, kRuns, with_graph, without_graph, 1000.0 * batch / with_graph);
     return 0;
 }
 

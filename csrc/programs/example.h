@@ -15,7 +15,8 @@ struct Example {
     std::string checkpoint;  // "": made-up weights
 };
 
-// Prints what it checked and the times. Throws where the output is wrong, or anything else goes wrong.
+// Prints what it checked and the times. Throws where the output is wrong, or anything else goes
+// wrong.
 int run_example(const Example& example);
 
 }  // namespace swinq::programs

@@ -19,7 +19,9 @@ uint32_t next_bits(uint64_t& state) {
     return static_cast<uint32_t>(state * 0x2545f4914f6cdd1dull >> 32);
 }
 
-float next_unit(uint64_t& state) { return static_cast<float>(next_bits(state) >> 8) * 0x1p-24f; }
+float next_unit(uint64_t& state) {
+    return static_cast<float>(next_bits(state) >> 8) * 0x1p-24f;
+}
 
 std::vector<uint8_t> in_half(const std::vector<float>& values) {
     std::vector<uint8_t> bytes(values.size() * sizeof(__half));
@@ -114,14 +116,14 @@ void MadeUpModel::add_block(const std::string& name, int dim, int heads, int win
     add_norm(name + ".norm1", dim, v1 ? 1 : 0.2f);
     add_norm(name + ".norm2", dim, v1 ? 1 : 0.2f);
     add_linear(name + ".attn.qkv", 3 * dim, dim, {1, read, 0, false});
-    add_linear(name + ".attn.proj", dim, dim, {1, v1 ? 2.0f : 4.0f, v1 ? 2.0f : 4.0f, false});
+    add_linear(name + ".attn.proj", dim, dim, {1, 4, 4, false});
     add_linear(name + ".mlp.fc1", hidden, dim, {1, read, 0, false});
     add_linear(name + ".mlp.fc2", dim, hidden, {0.5f, read, v1 ? 2.0f : 4.0f, true});
 
     const std::string attention = name + ".attn";
-    set_precision(attention, is_int8()                     ? SWINQ_PRECISION_INT8
+    set_precision(attention, is_int8()                    ? SWINQ_PRECISION_INT8
                              : numbers_ == Numbers::kHalf ? SWINQ_PRECISION_FP16
-                                                             : SWINQ_PRECISION_FP32);
+                                                          : SWINQ_PRECISION_FP32);
     add_vector(attention + ".relative_position_bias_table", {side * side, heads},
                v1 ? Range{-1, 1} : Range{4, 12});
     const float head_dim = static_cast<float>(dim) / static_cast<float>(heads);
@@ -154,8 +156,8 @@ void MadeUpModel::add_linear(const std::string& name, int out, int in, const Lin
     }
     add_vector(name + ".bias", {out}, {-0.1f, 0.1f});
     if (!is_int8()) {
-        set_precision(name, numbers_ == Numbers::kHalf ? SWINQ_PRECISION_FP16
-                                                       : SWINQ_PRECISION_FP32);
+        set_precision(name,
+                      numbers_ == Numbers::kHalf ? SWINQ_PRECISION_FP16 : SWINQ_PRECISION_FP32);
         return;
     }
     const bool unrounded = numbers_ == Numbers::kInt8Mode2 && scales.unrounded_in_mode_2;

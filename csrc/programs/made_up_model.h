@@ -1,8 +1,10 @@
-// Models with made-up weights, of the sizes of the official ones: for timing, and for comparing precisions.
+// Models with made-up weights, of the sizes of the official ones: for timing, and for comparing
+// precisions.
 //
-// The weights are codes times a scale in every precision, so an INT8, an FP16 and an FP32 model of one
-// architecture compute the same function but for rounding. Scales follow from the sizes of what random
-// weights give (comments in made_up_model.cpp), so that activations fill their codes and few saturate.
+// The weights are codes times a scale in every precision, so an INT8, an FP16 and an FP32 model of
+// one architecture compute the same function but for rounding. Scales follow from the sizes of what
+// random weights give (comments in made_up_model.cpp), so that activations fill their codes and few
+// saturate.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // swin_example: a Swin Transformer in FP32 or FP16, checked and timed.
-#include "arguments.h"
+#include "command_line.h"
 #include "example.h"
 
 namespace {

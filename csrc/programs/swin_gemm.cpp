@@ -1,10 +1,11 @@
-// swin_gemm: finds the fastest tile for every GEMM of a model on this GPU and keeps them in the tile
-// cache, which plans read.
+// swin_gemm: finds the fastest tile for every GEMM of a model on this GPU and keeps them in the
+// tile cache, which plans read.
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <tuple>
 
-#include "arguments.h"
+#include "command_line.h"
 #include "made_up_model.h"
 #include "timing.h"
 
@@ -20,17 +21,19 @@ constexpr char kUsage[] =
     "  size_per_head  channels of a head, 32 in the official models\n"
     "  dtype          0 FP32, 1 FP16; of the layers, unless they are INT8\n"
     "  is_int8        1: INT8, both modes\n"
-    "Versions 1 and 2 share the files; both are tuned where the window fits.\n";
+    "Tunes what both versions need, whose tiles lie in one file for each kind of GPU.\n";
 
 constexpr int kDevice = 0;
-constexpr int kTiles = 64;      // more than there are
-constexpr int kLaunches = 20;   // of one timing
+constexpr int kTiles = 64;     // more than there are
+constexpr int kLaunches = 20;  // of one timing
 constexpr int kTimings = 7;
 
 using Key = std::tuple<int, int, int, int, int, int>;  // operand, activation, output, m, n, k
 using Gemms = std::map<Key, swinq_gemm_arguments>;
 
-size_t width_of(int type) { return type == SWINQ_INT8 ? 1 : type == SWINQ_HALF ? 2 : 4; }
+size_t width_of(int type) {
+    return type == SWINQ_INT8 ? 1 : type == SWINQ_HALF ? 2 : 4;
+}
 
 // Codes or numbers of the operand's type in all of its bits: the power that a product takes, and so
 // its clock, depends on them.
@@ -77,18 +80,26 @@ swinq_tuned_gemm tune(const Stream& stream, swinq_gemm_arguments gemm) {
                 gemm.operand, gemm.activation, gemm.output, 1000 * standard_ms, 1000 * best_ms,
                 best[0] ? "wgmma" : "mma", best[1], best[2]);
     std::fflush(stdout);
-    return {gemm.operand, gemm.activation, gemm.output,        gemm.m,
-            gemm.n,       gemm.k,          {best[0], best[1], best[2]}};
+    return {gemm.operand,
+            gemm.activation,
+            gemm.output,
+            gemm.m,
+            gemm.n,
+            gemm.k,
+            {best[0], best[1], best[2]}};
 }
 
 struct PlanOwner {
+    PlanOwner() = default;
+    PlanOwner(const PlanOwner&) = delete;
+    PlanOwner& operator=(const PlanOwner&) = delete;
     ~PlanOwner() { swinq_plan_destroy(plan); }
     swinq_plan* plan = nullptr;
 };
 
 // Every GEMM of a model of this precision, and the plan that holds their weights.
 void add_gemms(const swinq_architecture& architecture, Numbers numbers, int batch,
-               std::vector<PlanOwner>& owners, Gemms& gemms) {
+               std::deque<PlanOwner>& owners, Gemms& gemms) {
     const MadeUpModel model(architecture, numbers);
     const swinq_model view = model.model();
     // unfused: what a plan fuses, another user of the file may not
@@ -112,8 +123,7 @@ int run(const std::vector<int>& n) {
     if (n[6]) kinds = {Numbers::kInt8Mode1, Numbers::kInt8Mode2};
 
     Gemms gemms;
-    std::vector<PlanOwner> owners;
-    owners.reserve(4);
+    std::deque<PlanOwner> owners;
     for (int version : {1, 2}) {
         for (Numbers numbers : kinds) {
             swinq_architecture a = architecture_of(version, Size::kTiny, window, img_size);

@@ -1,5 +1,5 @@
 // swin_int8_example: a Swin Transformer in INT8, checked and timed.
-#include "arguments.h"
+#include "command_line.h"
 #include "example.h"
 
 namespace {

@@ -61,7 +61,8 @@ class Event {
     cudaEvent_t event_ = nullptr;
 };
 
-// Median milliseconds of `runs` runs of `enqueue(stream)`, each between two events, after warming up.
+// Median milliseconds of `runs` runs of `enqueue(stream)`, each between two events, after warming
+// up.
 template <typename Enqueue>
 float median_ms(const Stream& stream, int warm_ups, int runs, Enqueue enqueue) {
     for (int i = 0; i < warm_ups; ++i) enqueue(stream.get());

@@ -159,7 +159,7 @@ AttentionProblem::AttentionProblem(Type type, const AttentionSize& size, Logits 
     }
     v_scale_ = 1 / 64.0f;
     inverse_ = random_array<float>(columns(), next_seed(), 30, 260);
-    kill_some(inverse_.get(), columns(), next_seed(), 41);
+    set_some(inverse_.get(), columns(), next_seed(), 41, 0);
 
     const Plain plain = {size, table_.get(), factor_.get(), v_scale_};
     const int across = size.resolution / size.window;

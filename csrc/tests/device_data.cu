@@ -28,9 +28,9 @@ __global__ void fill_kernel(T* data, int64_t count, uint32_t seed, float low, fl
     }
 }
 
-__global__ void kill_kernel(float* data, int64_t count, uint32_t seed, int every) {
+__global__ void set_kernel(float* data, int64_t count, uint32_t seed, int every, float value) {
     const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i < count && hash(static_cast<uint64_t>(seed) << 32 ^ i) % every == 0) data[i] = 0;
+    if (i < count && hash(static_cast<uint64_t>(seed) << 32 ^ i) % every == 0) data[i] = value;
 }
 
 __global__ void guard_kernel(uint8_t* buffer, int64_t bytes) {
@@ -65,8 +65,8 @@ template void fill(int8_t*, int64_t, uint32_t, float, float);
 template void fill(__half*, int64_t, uint32_t, float, float);
 template void fill(float*, int64_t, uint32_t, float, float);
 
-void kill_some(float* data, int64_t count, uint32_t seed, int every) {
-    kill_kernel<<<static_cast<int>(ceil_div(count, 256)), 256>>>(data, count, seed, every);
+void set_some(float* data, int64_t count, uint32_t seed, int every, float value) {
+    set_kernel<<<static_cast<int>(ceil_div(count, 256)), 256>>>(data, count, seed, every, value);
 }
 
 DeviceArray<uint8_t> random_bytes(Type type, int64_t count, uint32_t seed, float low, float high) {

@@ -56,8 +56,9 @@ DeviceArray<T> random_array(int64_t count, uint32_t seed, float low, float high)
     return array;
 }
 
-// Zeroes one element in `every`: the inverse of a dead channel.
-void kill_some(float* data, int64_t count, uint32_t seed, int every);
+// Sets about one element in `every`: inverses and scales to 0, which dead channels have, or to a
+// power of two, with which some products lie halfway between two codes.
+void set_some(float* data, int64_t count, uint32_t seed, int every, float value);
 
 // Untyped numbers of a Type that is only known at run time.
 DeviceArray<uint8_t> random_bytes(Type type, int64_t count, uint32_t seed, float low, float high);

@@ -201,9 +201,9 @@ void GemmProblem::make(int m, int n, int k, Data data) {
     if (operand_ == Type::kInt8) {
         auto* a = reinterpret_cast<int8_t*>(a_.get());
         auto* w = reinterpret_cast<int8_t*>(w_.get());
-        const bool extreme = data == Data::kExtreme;
-        fill(a, a_count, next_seed(), -128, extreme ? -128 : 127);
-        fill(w, w_count, next_seed(), extreme ? 127 : -127, 127);
+        const bool extreme = data == Data::kExtreme, halfway = data == Data::kHalfway;
+        fill(a, a_count, next_seed(), halfway ? -1 : -128, halfway ? 1 : extreme ? -128 : 127);
+        fill(w, w_count, next_seed(), halfway ? -2 : extreme ? 127 : -127, halfway ? 2 : 127);
         if (extreme) sign_rows_kernel<<<grid_for(w_count), 256>>>(w, w_count, k);
         spread *= 128 * 127;
     } else if (operand_ == Type::kHalf) {
@@ -213,15 +213,20 @@ void GemmProblem::make(int m, int n, int k, Data data) {
         fill(reinterpret_cast<float*>(a_.get()), a_count, next_seed(), -1, 1);
         fill(reinterpret_cast<float*>(w_.get()), w_count, next_seed(), -1 / spread, 1 / spread);
     }
-    const bool raw = data == Data::kAccumulator;
-    fill(factor_.get(), n, next_seed(), raw ? 1 : 0.5f / spread, raw ? 1 : 1.5f / spread);
-    fill(bias_.get(), n, next_seed(), raw ? 0 : -0.5f, raw ? 0 : 0.5f);
-    fill(inverse_.get(), n, next_seed(), 30, 130);
-    fill(scale_.get(), n, next_seed(), 1 / 130.0f, 1 / 30.0f);
-    if (!raw) {
-        kill_some(factor_.get(), n, next_seed(), 29);
-        kill_some(inverse_.get(), n, next_seed(), 31);
-        kill_some(scale_.get(), n, next_seed(), 37);
+    if (data == Data::kAccumulator || (data == Data::kHalfway && operand_ == Type::kInt8)) {
+        const float factor = data == Data::kHalfway ? 0.5f : 1;
+        fill(factor_.get(), n, next_seed(), factor, factor);
+        fill(bias_.get(), n, next_seed(), 0, 0);
+        fill(inverse_.get(), n, next_seed(), 1, 1);
+        fill(scale_.get(), n, next_seed(), 1, 1);
+    } else {
+        fill(factor_.get(), n, next_seed(), 0.5f / spread, 1.5f / spread);
+        fill(bias_.get(), n, next_seed(), -0.5f, 0.5f);
+        fill(inverse_.get(), n, next_seed(), 30, 130);
+        fill(scale_.get(), n, next_seed(), 1 / 130.0f, 1 / 30.0f);
+        set_some(factor_.get(), n, next_seed(), 29, 0);
+        set_some(inverse_.get(), n, next_seed(), 31, 0);
+        set_some(scale_.get(), n, next_seed(), 37, 0);
     }
     if (stream() == Type::kHalf) {
         fill(reinterpret_cast<__half*>(before_.get()), count, next_seed(), -4, 4);

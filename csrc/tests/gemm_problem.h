@@ -8,8 +8,9 @@ namespace swinq::testing {
 
 enum class Data {
     kOrdinary,     // uniform codes or numbers, scales of many sizes, some channels dead
-    kExtreme,      // every code -128 (weights -127 and 127): the largest sums there are
     kAccumulator,  // factor 1, bias 0: y is the sum itself
+    kExtreme,      // int8: every code -128 (weights -127 and 127), the largest sums there are
+    kHalfway,      // int8: small sums times 1/2, so that every second one is between two codes
 };
 
 class GemmProblem {

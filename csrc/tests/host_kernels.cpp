@@ -1,14 +1,12 @@
-// The kernels as plain loops over host memory, and as much of the CUDA runtime as the engine calls. With
-// the engine they make libswinq_host.so, which runs forwards on machines without a GPU: a test of plans,
-// buffers and weight layouts, not of kernels. docs/numerics.md has the equations.
+// The kernels as plain loops over host memory. With host_runtime.cpp and the engine they make
+// libswinq_host.so, which runs forwards on machines without a GPU: a test of plans, buffers and
+// weight layouts, not of kernels. docs/numerics.md has the equations.
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstdlib>
-#include <cstring>
 #include <vector>
 
 #include "kernels/attention.h"
@@ -66,7 +64,9 @@ void normalize(Row& row, const float* gamma, const float* beta, float eps) {
     }
 }
 
-float gelu(float y) { return 0.5f * y * (1.0f + std::erf(y * 0.70710678f)); }
+float gelu(float y) {
+    return 0.5f * y * (1.0f + std::erf(y * 0.70710678f));
+}
 
 // The row of a laid out weight that holds channel c: gemm.h's order, written from its other end.
 int64_t row_of_channel(int64_t c) {
@@ -84,8 +84,8 @@ Row product(const GemmArguments& g, int64_t m) {
             sum += double{load(g.operand, g.a, m * g.k + k)} * load(g.operand, g.w, w + k);
         }
         const auto acc = static_cast<float>(sum);
-        y[size_t(c)] = g.operand == Type::kInt8 ? std::fma(acc, g.factor[c], g.bias[c])
-                                                : acc + g.bias[c];
+        y[size_t(c)] =
+            g.operand == Type::kInt8 ? std::fma(acc, g.factor[c], g.bias[c]) : acc + g.bias[c];
     }
     if (g.activation == Activation::kGelu) {
         std::transform(y.begin(), y.end(), y.begin(), gelu);
@@ -104,7 +104,7 @@ Row product(const GemmArguments& g, int64_t m) {
 
 void gemm(const GemmArguments& g, const GemmTile*, cudaStream_t) {
     const bool to_stream = g.output == Output::kResidual || g.output == Output::kStream;
-    const Type type = to_stream                   ? g.stream
+    const Type type = to_stream                    ? g.stream
                       : g.output == Output::kCodes ? Type::kInt8
                       : g.output == Output::kHalf  ? Type::kHalf
                                                    : Type::kFloat;
@@ -128,8 +128,12 @@ void gemm(const GemmArguments& g, const GemmTile*, cudaStream_t) {
     }
 }
 
-bool can_normalize(Type operand, int) { return operand != Type::kFloat; }
-GemmTile default_tile(const GemmArguments&) { return {0, 64, 64}; }
+bool can_normalize(Type operand, int) {
+    return operand != Type::kFloat;
+}
+GemmTile default_tile(const GemmArguments&) {
+    return {0, 64, 64};
+}
 int list_tiles(const GemmArguments& g, GemmTile* tiles, int capacity) {
     if (capacity > 0) tiles[0] = default_tile(g);
     return 1;
@@ -162,9 +166,11 @@ void attention(const AttentionArguments& a, cudaStream_t) {
     std::vector<float> s(static_cast<size_t>(tokens));
     const int across = side / a.window;
     for (int64_t job = 0; job < int64_t{a.batch} * across * across * a.heads * tokens; ++job) {
-        const int i = static_cast<int>(job % tokens), head = static_cast<int>(job / tokens % a.heads);
+        const int i = static_cast<int>(job % tokens),
+                  head = static_cast<int>(job / tokens % a.heads);
         const int64_t window = job / tokens / a.heads;
-        const int wx = static_cast<int>(window % across), wy = static_cast<int>(window / across % across);
+        const int wx = static_cast<int>(window % across),
+                  wy = static_cast<int>(window / across % across);
         const int image = static_cast<int>(window / across / across);
         const int64_t query = token(image, wy, wx, i);
         float most = -INFINITY;
@@ -174,7 +180,8 @@ void attention(const AttentionArguments& a, cudaStream_t) {
                 sum += double{qkv(query, 0, head, d)} * qkv(token(image, wy, wx, j), 1, head, d);
             }
             const int dy = i / a.window - j / a.window, dx = i % a.window - j % a.window;
-            float b = table[(int64_t{head} * width + dy + a.window - 1) * width + dx + a.window - 1];
+            float b =
+                table[(int64_t{head} * width + dy + a.window - 1) * width + dx + a.window - 1];
             if (a.shift != 0 && region(wy, wx, i) != region(wy, wx, j)) b += -100.0f;
             const float scaled = static_cast<float>(sum) * a.factor[head];
             s[size_t(j)] = scaled + b;
@@ -186,13 +193,14 @@ void attention(const AttentionArguments& a, cudaStream_t) {
             if (a.type == Type::kInt8) p = std::nearbyint(255.0f * p);
             if (a.type == Type::kHalf) p = __half2float(__float2half(p));
             total += p;
-            for (int d = 0; d < kHeadDim; ++d) o[d] += double{p} * qkv(token(image, wy, wx, j), 2, head, d);
+            for (int d = 0; d < kHeadDim; ++d)
+                o[d] += double{p} * qkv(token(image, wy, wx, j), 2, head, d);
         }
         for (int d = 0; d < kHeadDim; ++d) {
             const int64_t column = int64_t{head} * kHeadDim + d;
-            const float value = a.type == Type::kInt8
-                                    ? static_cast<float>(o[d]) * (a.v_scale / static_cast<float>(total))
-                                    : static_cast<float>(o[d] / total);
+            const float value = a.type == Type::kInt8 ? static_cast<float>(o[d]) *
+                                                            (a.v_scale / static_cast<float>(total))
+                                                      : static_cast<float>(o[d] / total);
             store(a.out_type, a.out, query * a.heads * kHeadDim + column, value,
                   a.out_type == Type::kInt8 ? a.out_inverse[column] : 0);
         }
@@ -214,8 +222,9 @@ void prenorm(const PrenormArguments& a, cudaStream_t) {
         }
         if (a.gamma) normalize(values, a.gamma, a.beta, a.eps);
         for (size_t c = 0; c < values.size(); ++c) {
-            store(a.operand, a.out, row * static_cast<int64_t>(values.size()) + static_cast<int64_t>(c),
-                  values[c], a.operand == Type::kInt8 ? a.inverse[c] : 0);
+            store(a.operand, a.out,
+                  row * static_cast<int64_t>(values.size()) + static_cast<int64_t>(c), values[c],
+                  a.operand == Type::kInt8 ? a.inverse[c] : 0);
         }
     }
 }
@@ -243,7 +252,8 @@ void pool(const PoolArguments& a, cudaStream_t) {
         bool finite = a.status == nullptr || a.status[image] == 0;
         for (int64_t token = image * a.tokens; token < (image + 1) * a.tokens; ++token) {
             Row x;
-            for (int c = 0; c < a.channels; ++c) x.push_back(load(a.stream, a.x, token * a.channels + c));
+            for (int c = 0; c < a.channels; ++c)
+                x.push_back(load(a.stream, a.x, token * a.channels + c));
             for (float value : x) finite = finite && std::isfinite(value);
             normalize(x, a.gamma, a.beta, a.eps);
             for (size_t c = 0; c < x.size(); ++c) sums[c] += x[c];
@@ -288,7 +298,9 @@ void patch_embed(const PatchEmbedArguments& a, cudaStream_t) {
     }
 }
 
-bool mlp_supported(int, int) { return true; }
+bool mlp_supported(int, int) {
+    return true;
+}
 
 void mlp_layout_fc1(const int8_t* weight, int channels, int hidden, int8_t* laid_out) {
     std::copy_n(weight, int64_t{channels} * hidden, laid_out);
@@ -298,13 +310,14 @@ void mlp_layout_fc2(const int8_t* weight, int channels, int hidden, int8_t* laid
 }
 
 void mlp(const MlpArguments& a, cudaStream_t) {
-    auto linear = [](const std::vector<int8_t>& codes, const int8_t* weight, int n, const float* factor,
-                     const float* bias) {
+    auto linear = [](const std::vector<int8_t>& codes, const int8_t* weight, int n,
+                     const float* factor, const float* bias) {
         Row y;
         for (int64_t c = 0; c < n; ++c) {
             int sum = 0;
             for (size_t k = 0; k < codes.size(); ++k) {
-                sum += codes[k] * weight[c * static_cast<int64_t>(codes.size()) + static_cast<int64_t>(k)];
+                sum += codes[k] *
+                       weight[c * static_cast<int64_t>(codes.size()) + static_cast<int64_t>(k)];
             }
             y.push_back(std::fma(static_cast<float>(sum), factor[c], bias[c]));
         }
@@ -319,62 +332,22 @@ void mlp(const MlpArguments& a, cudaStream_t) {
     };
     for (int64_t m = 0; m < a.m; ++m) {
         Row x;
-        for (int c = 0; c < a.channels; ++c) x.push_back(load(Type::kHalf, a.x, m * a.channels + c));
+        for (int c = 0; c < a.channels; ++c)
+            x.push_back(load(Type::kHalf, a.x, m * a.channels + c));
         Row row = x;
         normalize(row, a.gamma, a.beta, a.eps);
-        Row hidden = linear(quantized(row, a.in_inverse), a.fc1_weight, a.hidden, a.fc1_factor, a.fc1_bias);
+        Row hidden =
+            linear(quantized(row, a.in_inverse), a.fc1_weight, a.hidden, a.fc1_factor, a.fc1_bias);
         std::transform(hidden.begin(), hidden.end(), hidden.begin(), gelu);
-        const Row y = linear(quantized(hidden, a.hidden_inverse), a.fc2_weight, a.channels, a.fc2_factor,
-                             a.fc2_bias);
+        const Row y = linear(quantized(hidden, a.hidden_inverse), a.fc2_weight, a.channels,
+                             a.fc2_factor, a.fc2_bias);
         for (int c = 0; c < a.channels; ++c) {
-            const float value = a.out_scale ? rounded(y[size_t(c)], a.out_inverse[c], a.out_scale[c])
-                                            : y[size_t(c)];
+            const float value = a.out_scale
+                                    ? rounded(y[size_t(c)], a.out_inverse[c], a.out_scale[c])
+                                    : y[size_t(c)];
             store(Type::kHalf, a.x, m * a.channels + c, x[size_t(c)] + value, 0);
         }
     }
 }
 
 }  // namespace swinq
-
-// ---- the CUDA runtime of one device whose memory is the host's ----
-
-extern "C" {
-
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-const char* cudaGetErrorString(cudaError_t) { return "an error of the host runtime"; }
-cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
-cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) {
-    *value = name == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
-    return cudaSuccess;
-}
-
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
-    std::memset(properties, 0, sizeof *properties);
-    std::strcpy(properties->name, "host");
-    return cudaSuccess;
-}
-
-cudaError_t cudaMalloc(void** memory, size_t bytes) {
-    *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-    return *memory ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-
-cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
-    return std::memcpy(to, from, bytes), cudaSuccess;
-}
-
-cudaError_t cudaMemcpy2DAsync(void* to, size_t to_pitch, const void* from, size_t from_pitch,
-                              size_t width, size_t height, cudaMemcpyKind, cudaStream_t) {
-    for (size_t row = 0; row < height; ++row) {
-        std::memcpy(static_cast<char*>(to) + row * to_pitch,
-                    static_cast<const char*>(from) + row * from_pitch, width);
-    }
-    return cudaSuccess;
-}
-
-}  // extern "C"

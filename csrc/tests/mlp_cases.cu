@@ -49,9 +49,9 @@ struct Mlp {
           fc2_bias(random_array<float>(channels, next_seed(), -0.5f, 0.5f)),
           out_inverse(random_array<float>(channels, next_seed(), 30, 60)),
           out_scale(random_array<float>(channels, next_seed(), 1 / 60.0f, 1 / 30.0f)) {
-        kill_some(in_inverse.get(), channels, next_seed(), 31);
-        kill_some(hidden_inverse.get(), hidden, next_seed(), 31);
-        kill_some(out_scale.get(), channels, next_seed(), 31);
+        set_some(in_inverse.get(), channels, next_seed(), 31, 0);
+        set_some(hidden_inverse.get(), hidden, next_seed(), 31, 0);
+        set_some(out_scale.get(), channels, next_seed(), 31, 0);
     }
     static float spread(int k) { return std::sqrt(static_cast<float>(k)) * 40 * 73; }
 

@@ -13,8 +13,9 @@ struct Norm {
           beta(random_array<float>(width, next_seed(), -0.5f, 0.5f)),
           inverse(random_array<float>(width, next_seed(), 15, 60)),
           scale(random_array<float>(width, next_seed(), 1 / 60.0f, 1 / 20.0f)) {
-        kill_some(inverse.get(), width, next_seed(), 31);
-        kill_some(scale.get(), width, next_seed(), 37);
+        set_some(inverse.get(), width, next_seed(), 5, 16);
+        set_some(inverse.get(), width, next_seed(), 31, 0);
+        set_some(scale.get(), width, next_seed(), 37, 0);
     }
     DeviceArray<float> gamma, beta, inverse, scale;  // (width)
 };

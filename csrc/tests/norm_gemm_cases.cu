@@ -20,6 +20,7 @@ class NormedProblem {
           y_(static_cast<int64_t>(m) * n * 4),
           exact_(static_cast<int64_t>(m) * n),
           plain_(static_cast<int64_t>(m) * n) {
+        set_some(inverse_.get(), n, next_seed(), 5, 16);
         gemm_.make(m, n, k, Data::kOrdinary);
     }
 

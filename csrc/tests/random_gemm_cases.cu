@@ -24,9 +24,10 @@ void random_shapes(Group& group, const Kind& kind, int count) {
     const int step = kind.activation == Activation::kNormalize ? 96 : 8;
     for (int i = 0; i < count; ++i) {
         const int rows = 1 + below(kRows);
-        const Data data = i % 16 == 0                                          ? Data::kExtreme
-                          : i % 4 == 1 && kind.activation == Activation::kNone ? Data::kAccumulator
-                                                                               : Data::kOrdinary;
+        Data data = Data::kOrdinary;
+        if (i % 16 == 0) data = Data::kExtreme;
+        if (i % 16 == 1 && kind.activation == Activation::kNone) data = Data::kHalfway;
+        if (i % 4 == 2 && kind.activation == Activation::kNone) data = Data::kAccumulator;
         problem.make(rows, step * (1 + below(kColumns / step)), 16 * (1 + below(kDepth / 16)),
                      data);
         const Output output = data == Data::kAccumulator

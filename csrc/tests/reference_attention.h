@@ -1,5 +1,6 @@
-// docs/numerics.md, "Attention", as plain loops on the host: what swinq::attention() is judged against.
-// The arguments are those of the kernels, with pointers to host memory; `bias` is not read.
+// docs/numerics.md, "Attention", as plain loops on the host: what swinq::attention() is judged
+// against. The arguments are those of the kernels, with pointers to host memory; `bias` is not
+// read.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -14,15 +15,16 @@
 namespace swinq {
 
 // Element (token, part, head, channel) of qkv; part 0 is q, 1 k, 2 v.
-inline double qkv_value(const AttentionArguments& a, int64_t token, int part, int head, int channel) {
+inline double qkv_value(const AttentionArguments& a, int64_t token, int part, int head,
+                        int channel) {
     const int64_t i = ((token * 3 + part) * a.heads + head) * kHeadDim + channel;
     if (a.type == Type::kInt8) return static_cast<const int8_t*>(a.qkv)[i];
     if (a.type == Type::kHalf) return __half2float(static_cast<const __half*>(a.qkv)[i]);
     return static_cast<const float*>(a.qkv)[i];
 }
 
-// Tokens of window (window_y, window_x) of an image, in the window's order, and their regions of the
-// rolled map.
+// Tokens of window (window_y, window_x) of an image, in the window's order, and their regions of
+// the rolled map.
 struct ReferenceWindow {
     std::vector<int64_t> tokens;
     std::vector<int> regions;
@@ -36,19 +38,19 @@ struct ReferenceWindow {
             for (int x = window_x * a.window; x < (window_x + 1) * a.window; ++x) {
                 const int map_y = (y + a.shift) % a.resolution;
                 const int map_x = (x + a.shift) % a.resolution;
-                tokens.push_back((static_cast<int64_t>(image) * a.resolution + map_y) *
-                                     a.resolution + map_x);
+                tokens.push_back(
+                    (static_cast<int64_t>(image) * a.resolution + map_y) * a.resolution + map_x);
                 regions.push_back(region(y) * 3 + region(x));
             }
         }
     }
 };
 
-// One query of one head: o[32], in `Real` and with the roundings of the equations (kInt8: all; kHalf:
-// p, only if `round_p`).
+// One query of one head: o[32], in `Real` and with the roundings of the equations (kInt8: all;
+// kHalf: p, only if `round_p`).
 template <typename Real>
-void reference_query(const AttentionArguments& a, const ReferenceWindow& window, int head, int query,
-                     bool round_p, Real* o) {
+void reference_query(const AttentionArguments& a, const ReferenceWindow& window, int head,
+                     int query, bool round_p, Real* o) {
     const int count = a.window * a.window, width = 2 * a.window - 1;
     std::vector<Real> s(count), p(count);
     Real top = -INFINITY;

@@ -1,8 +1,8 @@
 // LayerNorm and what surrounds it, on the host: docs/numerics.md, "LayerNorm", "Merging", "Head".
 //
-// Tensors are row-major and given as the floats that their halves or codes hold. Results are not yet
-// rounded to the output's type. Real is what is computed in: double for the truth, float for what a
-// plain implementation gets.
+// Tensors are row-major and given as the floats that their halves or codes hold. Results are not
+// yet rounded to the output's type. Real is what is computed in: double for the truth, float for
+// what a plain implementation gets.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -38,8 +38,8 @@ inline std::vector<float> reference_dequantize(const std::vector<int8_t>& codes,
     return x;
 }
 
-// (batch, resolution^2, channels) -> (batch, resolution^2 / 4, 4 * channels): the neighbours (0, 0),
-// (1, 0), (0, 1), (1, 1) of (row, column) side by side.
+// (batch, resolution^2, channels) -> (batch, resolution^2 / 4, 4 * channels): the neighbours
+// (0, 0), (1, 0), (0, 1), (1, 1) of (row, column) side by side.
 inline std::vector<float> reference_merge(const std::vector<float>& x, int batch, int resolution,
                                           int channels) {
     std::vector<float> merged;
@@ -49,8 +49,8 @@ inline std::vector<float> reference_merge(const std::vector<float>& x, int batch
             for (int column = 0; column < resolution; column += 2) {
                 for (int neighbour = 0; neighbour < 4; ++neighbour) {
                     const int r = row + neighbour % 2, c = column + neighbour / 2;
-                    const int64_t token = (static_cast<int64_t>(image) * resolution + r) * resolution + c;
-                    const auto from = x.begin() + token * channels;
+                    const int64_t top = static_cast<int64_t>(image) * resolution + r;
+                    const auto from = x.begin() + (top * resolution + c) * channels;
                     merged.insert(merged.end(), from, from + channels);
                 }
             }

@@ -16,7 +16,8 @@ inline std::vector<float> reference_patches(const std::vector<float>& images, in
                 for (int channel = 0; channel < in_chans; ++channel) {
                     const int64_t plane = static_cast<int64_t>(image) * in_chans + channel;
                     for (int row = top; row < top + patch_size; ++row) {
-                        const auto from = images.begin() + (plane * img_size + row) * img_size + left;
+                        const int64_t start = (plane * img_size + row) * img_size + left;
+                        const auto from = images.begin() + start;
                         patches.insert(patches.end(), from, from + patch_size);
                     }
                 }
@@ -26,8 +27,8 @@ inline std::vector<float> reference_patches(const std::vector<float>& images, in
     return patches;
 }
 
-// LayerNorm(patches * weight^T + bias): patches (rows, depth), weight (channels, depth). Both hold fp16
-// values for an fp16 stream: round the images with reference_half() before.
+// LayerNorm(patches * weight^T + bias): patches (rows, depth), weight (channels, depth). Both hold
+// fp16 values for an fp16 stream: round the images with reference_half() before.
 template <typename Real>
 std::vector<Real> reference_patch_embed(const std::vector<float>& patches,
                                         const std::vector<float>& weight,

@@ -18,7 +18,8 @@ from swinq.data.sampling import calibration_indices, sample_digest
 from swinq.errors import ConfigError
 from swinq.evaluate import Comparison, Scores, compare
 from swinq.export.calibrated import write_calibrated
-from swinq.int8.model import Int8Swin
+from swinq.int8 import choice
+from swinq.int8.choice import IntegerModel
 from swinq.quant.insert import set_int8_mode
 from swinq.quant.spec import QuantSpec
 
@@ -32,6 +33,7 @@ class Judged:
     mode: int | None
     scores: Scores
     comparison: Comparison | None  # against float
+    engine: str = ""  # what ran it, of INT8
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def run(config: Config) -> int:
     session = Session.open(config)
     spec = QuantSpec.from_config(config.QUANT)
     model = load_model(session, ranges=False)  # a calibrated checkpoint's are found anew
-    if isinstance(model, Int8Swin):
+    if isinstance(model, IntegerModel):
         raise ConfigError(
             f"{weights_of(config)} is an exported INT8 checkpoint; its float weights are gone",
             "calibrate the float checkpoint it was made from, or use --eval on this one",
@@ -163,17 +165,20 @@ def _judge(
 
     def add(name: str, kind: str, mode: int, form: Any) -> None:
         said = session.predictions(form, val, name)
-        judged.append(Judged(name, kind, mode, said.scores(), compare(reference, said)))
+        engine = getattr(form, "engine", "")
+        judged.append(Judged(name, kind, mode, said.scores(), compare(reference, said), engine))
 
     for mode in session.modes:
         add(f"fake-quant mode {mode}", "fake-quant", mode, set_int8_mode(quantized, mode))
     for mode in session.modes:
         path = files.get(f"INT8 mode {mode}")
         if path is not None:
-            add(
-                f"INT8 mode {mode}",
-                "int8",
-                mode,
-                Int8Swin.load(path, int8_mode=mode, device=session.device),
+            int8 = choice.load(
+                path, int8_mode=mode, device=session.device, engine=session.config.ENGINE
             )
+            for note in int8.notes:
+                if note not in notes:
+                    notes.append(note)
+                    console.say(f"note: {note}", "warning")
+            add(f"INT8 mode {mode}", "int8", mode, int8)
     return judged

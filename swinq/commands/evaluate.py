@@ -7,12 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from swinq import console, distributed
+from swinq.commands.forms import forms
 from swinq.commands.session import Session, load_model, weights_of
 from swinq.config import Config
-from swinq.errors import CheckpointError
 from swinq.export.integrity import write_atomically
-from swinq.int8.model import Int8Swin
-from swinq.quant.insert import set_int8_mode
 
 
 def run(config: Config) -> int:
@@ -23,8 +21,10 @@ def run(config: Config) -> int:
     console.say(f"images: {dataset.description}, {session.transform(model)}")
     rows: list[dict[str, Any]] = []
     for name, form in forms(model, session).items():
-        scores = session.predictions(form(), dataset, name).scores()
-        rows.append({"model": name, **scores.to_dict()})
+        made = form()
+        scores = session.predictions(made, dataset, name).scores()
+        engine = getattr(made, "engine", "torch")
+        rows.append({"model": name, "engine": engine, **scores.to_dict()})
     if distributed.is_main():
         console.table(
             [
@@ -40,35 +40,6 @@ def run(config: Config) -> int:
         )
         console.say(f"saved: {path}")
     return 0
-
-
-def forms(model: Any, session: Session) -> dict[str, Any]:
-    """The models to evaluate by name: one, or each mode of a calibrated checkpoint.
-
-    Raises:
-        CheckpointError: an INT8 checkpoint of another mode than asked for.
-    """
-    asked = session.config.INT8.MODE
-    if isinstance(model, Int8Swin):
-        if asked and asked != model.int8_mode:
-            raise CheckpointError(
-                f"--int8-mode {asked} is given, but {weights_of(session.config)} was exported in "
-                f"mode {model.int8_mode}",
-                f"use --int8-mode {model.int8_mode}, or export the other mode",
-            )
-        return {f"INT8 mode {model.int8_mode}": lambda: model}
-    if hasattr(model, "quant_spec"):
-        return {
-            f"fake-quant mode {mode}": lambda mode=mode: set_int8_mode(model, mode)
-            for mode in session.modes
-        }
-    if asked:
-        raise CheckpointError(
-            f"--int8-mode {asked} is given, but {weights_of(session.config)} is a float checkpoint "
-            "without ranges",
-            "calibrate it first with --calib, or leave --int8-mode out to evaluate it in float",
-        )
-    return {"float": lambda: model}
 
 
 def _write(path: Path, rows: list[dict[str, Any]], checkpoint: str) -> None:

@@ -11,17 +11,19 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor, nn
+from torch import Tensor
 
 from swinq import config as configuration
 from swinq import console
 from swinq.calib.observers import bin_edges
 from swinq.commands.calib import Judged, Outcome
+from swinq.commands.forms import half_form
 from swinq.commands.session import Session, weights_of
 from swinq.data.dataset import ImageDataset
 from swinq.data.loader import BatchLoader
 from swinq.data.sampling import calibration_indices, sample_digest
-from swinq.int8.model import Int8Swin
+from swinq.int8 import choice
+from swinq.int8.engine import CudaSwin
 from swinq.latency import device_name, measure_latency, measure_together
 from swinq.models.containers import FOLDER_FILES
 from swinq.quant.insert import (
@@ -112,6 +114,7 @@ def _model_row(session: Session, judged: Judged, outcome: Outcome) -> Any:
         judged.comparison,
         int8_mode=judged.mode,
         size_bytes=path.stat().st_size if path else None,
+        engine=judged.engine,
     )
 
 
@@ -254,19 +257,26 @@ def _recipe_sections(config: configuration.Config) -> dict[str, dict[str, Any]]:
 
 
 def _latency(session: Session, outcome: Outcome) -> list[LatencyRow]:
-    """Float and INT8 in turns, on this device."""
-    models: dict[str, nn.Module | Int8Swin] = {"float": outcome.float_model}
+    """Float and INT8 in turns, on this device; the CUDA engine as a CUDA graph."""
+    batch = session.config.REPORT.LATENCY_BATCH
+    made: dict[str, Any] = {"float": outcome.float_model}
+    made |= {name: form() for name, form in half_form(outcome.float_model, session).items()}
     modes: dict[str, int] = {}
     for mode in session.modes:
         name = f"INT8 mode {mode}"
         if name in outcome.files:
-            models[name] = Int8Swin.load(outcome.files[name], device=session.device)
+            made[name] = choice.load(
+                outcome.files[name], device=session.device, engine=session.config.ENGINE
+            )
             modes[name] = mode
-    batch = session.config.REPORT.LATENCY_BATCH
+    calls = {
+        name: model.graph(batch) if isinstance(model, CudaSwin) else model
+        for name, model in made.items()
+    }
     size: int = outcome.float_model.arch.img_size  # type: ignore[union-attr,assignment]
     one = measure_latency(outcome.float_model, batch, size, session.device, 1, 1)
     repeats = max(5, min(LATENCY_REPEATS, int(LATENCY_SECONDS * 1e3 / one.median_ms)))
-    timed = measure_together(models, batch, size, session.device, LATENCY_WARMUP, repeats)
+    timed = measure_together(calls, batch, size, session.device, LATENCY_WARMUP, repeats)
     return [
         latency_row(
             name,
@@ -275,9 +285,16 @@ def _latency(session: Session, outcome: Outcome) -> list[LatencyRow]:
             latency.median_ms,
             device=latency.device_name,
             int8_mode=modes.get(name),
+            engine=_engine(made[name]),
         )
         for name, latency in timed.items()
     ]
+
+
+def _engine(model: Any) -> str:
+    """What ran a model that was timed; "" for torch's own operations."""
+    engine: str = getattr(model, "engine", "")
+    return f"{engine}, CUDA graph" if isinstance(model, CudaSwin) else engine
 
 
 def _print_summary(report: Report, paths: dict[str, Path], seconds: float) -> None:

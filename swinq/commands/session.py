@@ -24,6 +24,8 @@ from swinq.data.transforms import EvalTransform, eval_transform
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.errors import ConfigError
 from swinq.evaluate import Predictions, evaluate
+from swinq.int8 import choice
+from swinq.int8.choice import IntegerModel
 from swinq.models.architecture import Architecture
 
 # From this input size on, the official configurations squash images instead of cropping them.
@@ -59,9 +61,11 @@ class Session:
         stated = "MODEL.NAME" in config.origins or weights is None
         name = config.MODEL.NAME if stated else Path(weights or "").stem.removesuffix("_calib")
         folder = Path(config.OUTPUT) / name / config.TAG
+        device = distributed.select_device(config.DEVICE)
+        choice.require(config.ENGINE, device)  # before anything is computed
         session = cls(
             config=config,
-            device=distributed.select_device(config.DEVICE),
+            device=device,
             name=name,
             folder=folder,
             checkpoints=Path(config.CALIB.OUTPUT_PATH or folder),
@@ -179,6 +183,7 @@ def load_model(session: Session, *, ranges: bool = True) -> Any:
         resize=bool(config.MODEL.PRETRAINED),
         ranges=ranges,
         device=session.device,
+        engine=config.ENGINE,
     )
     claimed = config.MODEL.VERSION
     if claimed and claimed != model.arch.version:
@@ -214,17 +219,17 @@ def _require_stated_sizes(config: Config, arch: Architecture, path: Path) -> Non
 
 
 def describe(model: Any) -> str:
-    """A model in a line: kind, version, size, input and classes."""
+    """A model in a line: kind, version, size, input and classes, and what runs it in INT8."""
     arch: Architecture = model.arch
-    kind = "float"
-    if hasattr(model, "int8_mode"):
-        kind = f"INT8 mode {model.int8_mode}"
+    kind, runs = "float", ""
+    if isinstance(model, IntegerModel):
+        kind, runs = f"INT8 mode {model.int8_mode}", f", run by {model.engine}"
     elif hasattr(model, "quant_spec"):
         kind = "calibrated"
     return (
         f"{kind} Swin v{arch.version}, {arch.embed_dim} channels, depths "
         f"{'-'.join(map(str, arch.depths))}, window {arch.window_size}, {arch.img_size} px, "
-        f"{arch.num_classes} classes"
+        f"{arch.num_classes} classes{runs}"
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from swinq import console, distributed, preflight
-from swinq.commands.evaluate import forms
+from swinq.commands.forms import forms, half_form, timed
 from swinq.commands.session import Session, load_model, weights_of
 from swinq.config import Config
 from swinq.errors import CheckpointError
@@ -30,21 +30,24 @@ def run(config: Config) -> int:
             )
         model = build_model(preflight.architecture(config)).to(session.device).eval()
         named: dict[str, Any] = {"float, random weights": lambda: model}
+        named |= half_form(model, session)
     else:
         model = load_model(session)
         named = forms(model, session)
+        if "float" in named:
+            named |= half_form(model, session)
     if not distributed.is_main():
         return 0
     rows = []
     for name, form in named.items():
-        timed = measure_together(
-            {name: form()}, config.DATA.BATCH_SIZE, model.arch.img_size, session.device
-        )[name]
-        spread = f"{timed.p10:.2f} to {timed.p90:.2f}"
-        rows.append(
-            [name, timed.batch_size, f"{timed.median_ms:.2f}", spread]
-            + [f"{timed.images_per_second:.1f}"]
-        )
-    console.say(f"device: {timed.device_name}, {timed.threads} threads")
+        calls = timed(name, form(), config.DATA.BATCH_SIZE)
+        found = measure_together(calls, config.DATA.BATCH_SIZE, model.arch.img_size, session.device)
+        for call, took in found.items():
+            spread = f"{took.p10:.2f} to {took.p90:.2f}"
+            rows.append(
+                [call, took.batch_size, f"{took.median_ms:.2f}", spread]
+                + [f"{took.images_per_second:.1f}"]
+            )
+    console.say(f"device: {took.device_name}, {took.threads} threads")
     console.table(rows, ["model", "batch", "median ms", "10 % to 90 %", "images/s"])
     return 0

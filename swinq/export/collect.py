@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,11 +40,13 @@ _NAMES_SHOWN = 8
 
 @dataclass(frozen=True)
 class Collected:
-    """What the writer writes."""
+    """What the writer writes, or the CUDA engine runs."""
 
     architecture: Architecture
     precision: dict[str, str]
     tensors: dict[str, Tensor]
+    classes: list[str] | None = None
+    transform: dict[str, Any] = field(default_factory=dict)
 
 
 def collect(
@@ -78,7 +81,7 @@ def collect(
     precision = {layer.name: _precision(layer, modules[layer.name], int8_mode) for layer in found}
     _require_ranges(found, modules, precision, recipe.allow_dead)
     with torch.no_grad():
-        tensors = _float_tensors(model, arch)
+        tensors = float_tensors(model, arch)
         for layer in found:
             module = modules[layer.name]
             if isinstance(module, QuantAttention):
@@ -90,7 +93,7 @@ def collect(
         name: tensors[name].detach().to("cpu", spec.dtype).contiguous().clone()
         for name, spec in specs.items()
     }
-    _require_finite(plain)
+    require_finite(plain)
     return Collected(arch, precision, plain)
 
 
@@ -104,7 +107,7 @@ def _precision(layer: Layer, module: QuantLinear | QuantAttention, mode: int) ->
     return INT8
 
 
-def _float_tensors(model: nn.Module, arch: Architecture) -> dict[str, Tensor]:
+def float_tensors(model: nn.Module, arch: Architecture) -> dict[str, Tensor]:
     """Patch embedding, norms and head, under the model's own names."""
     own: dict[str, Tensor] = dict(model.named_parameters())
     names = [f"patch_embed.{part}" for part in ("proj.weight", "proj.bias")]
@@ -232,7 +235,8 @@ def _require_ranges(
         )
 
 
-def _require_finite(tensors: Mapping[str, Tensor]) -> None:
+def require_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ExportError, naming tensors, where a float is NaN or infinite in its own type."""
     bad = [
         name
         for name, tensor in tensors.items()

@@ -13,12 +13,13 @@ from collections import defaultdict
 import torch
 from torch import Tensor
 
-from swinq.errors import DataError, SwinqError
+from swinq.errors import SwinqError
 from swinq.export.reader import Int8Checkpoint, read_checkpoint
 from swinq.int8 import reference
 from swinq.int8.block import Block, Merge
 from swinq.int8.block_v1 import BlockV1, MergeV1
 from swinq.int8.block_v2 import BlockV2, MergeV2
+from swinq.int8.images import require_finite, require_images
 from swinq.int8.layers import Norm, Tap
 from swinq.models.architecture import Architecture
 
@@ -33,11 +34,15 @@ class Int8Swin:
             tensors are on `device`.
         arch: its architecture.
         stages: for each stage its blocks, and its merge or None.
+        notes: what a user should hear of how it came to run.
     """
+
+    engine = "the reference"  # what runs the model, for reports
 
     def __init__(self, checkpoint: Int8Checkpoint, device: str | torch.device = "cpu") -> None:
         """Prepare a checkpoint that was read; `load` does both."""
         self.device = torch.device(device)
+        self.notes: list[str] = []
         moved = {name: t.to(self.device) for name, t in checkpoint.tensors.items()}
         self.checkpoint = checkpoint = dataclasses.replace(checkpoint, tensors=moved)
         self.arch = arch = checkpoint.architecture
@@ -154,27 +159,10 @@ class Int8Swin:
 
     def _accepted(self, images: Tensor) -> Tensor:
         """The images on the device, holding fp16 values, if they are images of this model."""
-        want = (self.arch.in_chans, self.arch.img_size, self.arch.img_size)
-        if images.dim() != 4 or tuple(images.shape[1:]) != want:
-            raise DataError(
-                f"the model wants images (batch, {', '.join(map(str, want))}), "
-                f"got a tensor {tuple(images.shape)}",
-                f"resize and crop to {want[1]} x {want[2]}: the checkpoint holds the transform",
-            )
-        if not images.is_floating_point():
-            raise DataError(
-                f"the images are {images.dtype}, wanted floating point",
-                "scale and normalise them: the checkpoint holds the transform",
-            )
-        rounded = images.to(self.device).half().float()
-        finite = rounded.isfinite().flatten(1).all(1)
-        if not bool(finite.all()):
-            raise DataError(
-                f"image {int((~finite).nonzero()[0])} of the batch holds NaN, infinity or values "
-                "beyond fp16",
-                "check the file it was read from and the normalisation",
-            )
-        return rounded
+        require_images(images, self.arch)
+        rounded = images.to(self.device).half()
+        require_finite(rounded)
+        return rounded.float()
 
     def _patches(self, images: Tensor) -> Tensor:
         """(B, in_chans, S, S) -> the residual stream (B, tokens, C) fp16, image by image."""

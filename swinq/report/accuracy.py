@@ -15,6 +15,7 @@ def model_row(
     int8_mode: int | None = None,
     size_bytes: int | None = None,
     device: str = "",
+    engine: str = "",
 ) -> ModelRow:
     """What one form of the model scores, and how it differs from the float one."""
     return ModelRow(
@@ -27,6 +28,7 @@ def model_row(
         comparison=comparison_row(comparison) if comparison else None,
         size_bytes=size_bytes,
         device=device,
+        engine=engine,
     )
 
 
@@ -56,6 +58,7 @@ def latency_row(
     *,
     device: str = "",
     int8_mode: int | None = None,
+    engine: str = "",
 ) -> LatencyRow:
     """A median time, and the images a second that it makes."""
     return LatencyRow(
@@ -66,4 +69,5 @@ def latency_row(
         images_per_second=1e3 * batch / median_ms,
         device=device,
         int8_mode=int8_mode,
+        engine=engine,
     )

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from swinq.report.figures import decibels, p_value, points, share, significant, size
-from swinq.report.schema import ModelRow, Report
+from swinq.report.schema import LatencyRow, ModelRow, Report
 from swinq.report.verdict import headline
 
 WORST_LAYERS = 10
@@ -33,7 +33,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield "\n## Speed\n"
         rows = [
             [
-                _text(row.name),
+                _name(row),
                 str(row.batch),
                 significant(row.median_ms),
                 significant(row.images_per_second),
@@ -63,7 +63,7 @@ _ACCURACY = (
 
 
 def _accuracy(row: ModelRow) -> list[str]:
-    cells = [_text(row.name), f"{row.images:,}", f"{row.top1:.2f}", f"{row.top5:.2f}"]
+    cells = [_name(row), f"{row.images:,}", f"{row.top1:.2f}", f"{row.top5:.2f}"]
     c = row.comparison
     if c is None:
         return [*cells, *["–"] * 7, size(row.size_bytes)]
@@ -78,6 +78,10 @@ def _accuracy(row: ModelRow) -> list[str]:
         significant(c.mean_kl),
         size(row.size_bytes),
     ]
+
+
+def _name(row: ModelRow | LatencyRow) -> str:
+    return _text(f"{row.name} ({row.engine})" if row.engine else row.name)
 
 
 def _sensitivity(report: Report) -> Iterator[str]:

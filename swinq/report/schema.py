@@ -1,4 +1,4 @@
-"""Everything a report holds, and its JSON form (schema version 1).
+"""Everything a report holds, and its JSON form (schema version 2).
 
 Units, the same in every format: accuracies and differences in percentage points, times in
 milliseconds, SQNR in decibels, KL divergence in nats, shares between 0 and 1. JSON has no infinity:
@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from swinq.errors import DataError
 
-SCHEMA_VERSION = "1"
+SCHEMA_VERSION = "2"
 
 Kind = Literal["float", "fake-quant", "int8"]
 Level = Literal["good", "note", "warning", "bad"]
@@ -110,6 +110,7 @@ class ModelRow:
     comparison: ComparisonRow | None = None  # None for the reference itself
     size_bytes: int | None = None  # of its file
     device: str = ""  # where it ran, if not where the report says
+    engine: str = ""  # what ran it, if not torch's own operations
 
 
 @dataclass
@@ -204,6 +205,7 @@ class LatencyRow:
     images_per_second: float
     device: str = ""
     int8_mode: int | None = None
+    engine: str = ""  # what ran it, if not torch's own operations
 
 
 @dataclass

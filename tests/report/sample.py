@@ -83,6 +83,7 @@ def made_up_report(depths: tuple[int, ...] = (2, 2, 6, 2), dim: int = 96) -> Rep
                 Comparison(3925, 3260, 18, 17, 630, 3866, 0.0022),
                 int8_mode=1,
                 size_bytes=28_540_032,
+                engine="libswinq 0.1.0",
             ),
             model_row(
                 "INT8 mode 2",
@@ -116,7 +117,9 @@ def made_up_report(depths: tuple[int, ...] = (2, 2, 6, 2), dim: int = 96) -> Rep
         sensitivity=Sensitivity(256, 0.021, rows, suggestion),
         latency=[
             latency_row("Float", "float", 1, 4.1),
-            latency_row("INT8 mode 1", "int8", 1, 1.3, int8_mode=1),
+            latency_row(
+                "INT8 mode 1", "int8", 1, 1.3, int8_mode=1, engine="libswinq 0.1.0, CUDA graph"
+            ),
             latency_row("Float", "float", 32, 14.2),
             latency_row("INT8 mode 1", "int8", 32, 4.9, int8_mode=1),
         ],

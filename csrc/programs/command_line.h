@@ -38,8 +38,9 @@ inline std::vector<int> parse(int argc, char** argv, const std::vector<Number>& 
         errno = 0;
         const long value = std::strtol(argv[i], &end, 10);
         if (end == argv[i] || *end || errno || value < want.low || value > want.high) {
-            throw UsageError(std::string(want.name) + " is " + argument + ", wanted a number from " +
-                             std::to_string(want.low) + " to " + std::to_string(want.high));
+            throw UsageError(std::string(want.name) + " is " + argument +
+                             ", wanted a number from " + std::to_string(want.low) + " to " +
+                             std::to_string(want.high));
         }
         numbers.push_back(static_cast<int>(value));
     }

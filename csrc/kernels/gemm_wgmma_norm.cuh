@@ -1,4 +1,4 @@
-// A GEMM into the residual stream together with a LayerNorm over its rows, sm_90 only: csrc/NUMERICS.md,
+// A GEMM of fp16 operands into the residual stream together with a LayerNorm over its rows, sm_90 only: csrc/NUMERICS.md,
 // "Norm in the epilogue". It spares a pass over the stream and a launch.
 //
 // The blocks of a row of tiles form a cluster. Each finds mean and sum of squared deviations of its own
@@ -41,18 +41,23 @@ __device__ __forceinline__ void sync_cluster() {
             : "memory");
 }
 
-template <Type kOperand, Norm kNorm, typename Tile>
+template <Norm kNorm, typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     gemm_norm_kernel(const __grid_constant__ CUtensorMap map_a,
                      const __grid_constant__ CUtensorMap map_w, int k_bytes, int stages, int blocks,
                      NormArguments norm) {
-    using Accumulator = typename Number<kOperand>::Accumulator;
     constexpr int kGroups = Tile::kColumns / kGroup;
     __shared__ float2 s_moments[kMostBlocksInCluster][Tile::kRows];
     const EpilogueArguments& epilogue = norm.epilogue;
-    const Place<Tile> place(epilogue.n);
-    Accumulator acc[Tile::kColumns / 2];
-    multiply_tile<Tile>(acc, map_a, map_w, k_bytes, stages, place.row, place.column);
+    Pipeline<Tile> pipeline(map_a, map_w, epilogue.m, epilogue.n, k_bytes, stages);
+    const Place<Tile> place(blockIdx.x, pipeline.tiles_across());
+    prefetch_channels<Tile::kColumns>(epilogue, place.column);
+    if (norm.residual) {
+        prefetch_stream<Tile::kRows, Tile::kColumns, Tile::kThreads>(epilogue, place.row,
+                                                                     place.column);
+    }
+    float acc[Tile::kColumns / 2];
+    pipeline.multiply_tile(acc);
 
     const int lane = threadIdx.x % kWarp;
     const int local_row = static_cast<int>(threadIdx.x / kWarp) * 16 + lane / 4;
@@ -71,23 +76,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     for (int group = 0; group < kGroups; ++group) {
         float(&rows)[2][kChannels] = v[group];
         const int first = channel + group * kGroup;
-        float low[kChannels], high[kChannels];  // factor and bias, then the rounding's inverse and scale
-        if constexpr (kOperand == Type::kInt8) load_channels(low, epilogue.factor + first);
-        load_channels(high, epilogue.bias + first);
+        float bias[kChannels];
+        load_channels(bias, epilogue.bias + first);
 #pragma unroll
         for (int i = 0; i < 2 * kChannels; ++i) {
             const int half = i / kChannels, c = i % kChannels;
-            rows[half][c] = linear<kOperand>(acc[(group * 4 + c / 2) * 4 + half * 2 + c % 2], low[c],
-                                             high[c]);
-        }
-        if (epilogue.out_scale) {
-            load_channels(low, epilogue.out_inverse + first);
-            load_channels(high, epilogue.out_scale + first);
-#pragma unroll
-            for (int i = 0; i < 2 * kChannels; ++i) {
-                float& y = rows[i / kChannels][i % kChannels];
-                y = __fmul_rn(code_of(y, low[i % kChannels]), high[i % kChannels]);
-            }
+            rows[half][c] = __fadd_rn(acc[(group * 4 + c / 2) * 4 + half * 2 + c % 2], bias[c]);
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {

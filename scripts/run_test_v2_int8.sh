@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Times of every Swin v2 in INT8 modes 1 and 2 at one batch size.
+#
+#   bash scripts/run_test_v2_int8.sh 32
+#
+# Variables: see run_test.sh.
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run_test.sh" 2 int8 "${1:-}"
