@@ -16,6 +16,12 @@ struct MmaTile {
     static constexpr int kStages = kStages_;
     static constexpr int kWarpsDown = kRows / kWarpRows;
     static constexpr int kThreads = kWarpsDown * (kColumns / kWarpColumns) * kWarp;
+    // what registers are allotted for; two of the largest would spill on sm_75
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+    static constexpr int kBlocksPerSm = kThreads > 128 ? 1 : 2;
+#else
+    static constexpr int kBlocksPerSm = 2;
+#endif
     static constexpr int kSlab = 64;  // bytes of k
     static constexpr int kStageBytes = (kRows + kColumns) * kSlab;
     static constexpr int kSharedBytes = kStages * kStageBytes;
@@ -99,7 +105,7 @@ __device__ __forceinline__ void load_slab(uint32_t shared, const int8_t* matrix,
 }
 
 template <Type kOperand, typename Tile, typename Epilogue>
-__global__ void __launch_bounds__(Tile::kThreads, 2)
+__global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     gemm_mma_kernel(const int8_t* __restrict__ a, const int8_t* __restrict__ w, int k_bytes,
                     int padded_n, EpilogueArguments epilogue) {
     using Accumulator = typename Number<kOperand>::Accumulator;

@@ -80,10 +80,12 @@ struct Cursor {
     Place<Tile> place;
     int slab;
 
-    __device__ __forceinline__ void advance(int slabs, int tiles_across) {
+    __device__ __forceinline__ void advance(int slabs, int tiles, int tiles_across) {
         if (++slab < slabs) return;
         slab = 0;
-        place = Place<Tile>(place.tile + static_cast<int>(gridDim.x), tiles_across);
+        place.tile += static_cast<int>(gridDim.x);
+        // no division where it is the last, which would delay the start of a small product
+        if (place.tile < tiles) place = Place<Tile>(place.tile, tiles_across);
     }
 };
 
@@ -117,16 +119,16 @@ class Pipeline {
         }
         // weights do not wait for the kernel before
         const Cursor<Tile> first = next_;
-        for (int stage = 0; stage < stages_; ++stage) {
+        for (int stage = 0; stage < stages_ && next_.place.tile < tiles_; ++stage) {
             if (threadIdx.x == 0) load_w(stage);
-            next_.advance(slabs_, tiles_across_);
+            next_.advance(slabs_, tiles_, tiles_across_);
         }
         wait_for_predecessor();
         let_successor_start();
         next_ = first;
-        for (int stage = 0; stage < stages_; ++stage) {
+        for (int stage = 0; stage < stages_ && next_.place.tile < tiles_; ++stage) {
             if (threadIdx.x == 0) load_a(stage);
-            next_.advance(slabs_, tiles_across_);
+            next_.advance(slabs_, tiles_, tiles_across_);
         }
         __syncthreads();  // the barriers are initialised for all
     }
@@ -151,7 +153,7 @@ class Pipeline {
                          slab + step > 0);
             }
             commit_products();
-            if (slab > 0) {
+            if (slab > 0 && next_.place.tile < tiles_) {
                 wait_for_products<1>();  // those of the slab before are done
                 refill(previous);
             }
@@ -165,25 +167,24 @@ class Pipeline {
 
   private:
     __device__ __forceinline__ void load_w(int stage) const {
-        if (next_.place.tile >= tiles_) return;
         arrive_expecting(full_ + 8 * stage, Tile::kStageBytes);
         copy_box(ring_ + stage * Tile::kStageBytes + Tile::kBytesA, &map_w_, full_ + 8 * stage,
                  next_.slab * Tile::kSlab, next_.place.column);
     }
 
     __device__ __forceinline__ void load_a(int stage) const {
-        if (next_.place.tile >= tiles_) return;
         copy_box(ring_ + stage * Tile::kStageBytes, &map_a_, full_ + 8 * stage,
                  next_.slab * Tile::kSlab, next_.place.row);
     }
 
     // Nobody waits here: the warpgroup that lets a stage go last refills it.
     __device__ __forceinline__ void refill(int stage) {
+        if (next_.place.tile >= tiles_) return;
         if (threadIdx.x % kWarpgroup == 0 && is_last<Tile::kWarpgroups>(done_ + 4 * stage)) {
             load_w(stage);
             load_a(stage);
         }
-        next_.advance(slabs_, tiles_across_);
+        next_.advance(slabs_, tiles_, tiles_across_);
     }
 
     const CUtensorMap& map_a_;

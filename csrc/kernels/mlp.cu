@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "mlp_kernel.cuh"
+#include "mlp_small.cuh"
 
 namespace swinq {
 namespace {
@@ -43,16 +44,32 @@ void require_kernel(int channels, int hidden) {
                     "  fix: use prenorm() and two gemm()");
 }
 
+// What a struct at a multiple of 1024 takes of a block's shared memory.
+template <typename Memory>
+constexpr int shared_bytes() {
+    constexpr int kBytes = sizeof(Memory) + 1024;  // the start may have to move
+    static_assert(kBytes <= 227 * 1024, "shared memory of a block");
+    return kBytes;
+}
+
+// Both forms give the same bits; a tile is 64 rows.
 template <int kChannels>
 void launch_mlp(const MlpArguments& arguments, cudaStream_t stream) {
     using S = MlpShape<kChannels>;
-    constexpr int kBytes = sizeof(MlpMemory<S>) + 1024;  // the start may have to move
-    static_assert(kBytes <= 227 * 1024, "shared memory of a block");
+    using Small = SmallMlpShape<kChannels>;
     static_assert(S::kPartBytes % 1024 == 0 && (!S::kRing || S::kStagePasses > 0), "stages");
     const int64_t tiles = ceil_div(arguments.m, kRows);
+    if (tiles * Small::kParts <= int64_t{Small::kMostRounds} * multiprocessors()) {
+        launch_clusters(Small::kParts,
+                        arguments.out_scale != nullptr ? small_mlp_kernel<Small, true>
+                                                       : small_mlp_kernel<Small, false>,
+                        dim3(static_cast<unsigned>(tiles * Small::kParts)), dim3(Small::kThreads),
+                        shared_bytes<SmallMlpMemory<Small>>(), stream, arguments);
+        return;
+    }
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
     launch(arguments.out_scale != nullptr ? mlp_kernel<S, true> : mlp_kernel<S, false>,
-           dim3(blocks), dim3(kThreads), kBytes, stream, arguments);
+           dim3(blocks), dim3(kThreads), shared_bytes<MlpMemory<S>>(), stream, arguments);
 }
 
 }  // namespace

@@ -54,60 +54,58 @@ struct MlpRows {
     }
 };
 
-// Codes of LayerNorm of the thread's two rows, as A fragments.
+// Codes of LayerNorm of what a thread holds of a row: of each block two registers of an A fragment,
+// the first and last four channels.
 template <typename Shape>
-__device__ __forceinline__ void normalize(uint32_t (&a)[Shape::kBlocks][4],
-                                          const MlpRows<Shape::kBlocks>& rows, float eps,
+__device__ __forceinline__ void normalize(uint32_t (&codes)[Shape::kBlocks][2],
+                                          const Vector<__half> (&bits)[Shape::kBlocks], float eps,
                                           const MlpConstants<Shape>& s) {
     const int first = static_cast<int>(threadIdx.x) % 4 * kVector;
+    float v[Shape::kBlocks][kVector];
+    float sum = 0;
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-        float v[Shape::kBlocks][kVector];
-        float sum = 0;
+    for (int block = 0; block < Shape::kBlocks; ++block) {
+        bits[block].unpack(v[block]);
+        float part = v[block][0];
 #pragma unroll
-        for (int block = 0; block < Shape::kBlocks; ++block) {
-            rows.bits[h][block].unpack(v[block]);
-            float part = v[block][0];
+        for (int i = 1; i < kVector; ++i) part += v[block][i];
+        sum += part;
+    }
+    const float mean = quad_sum(sum) * (1.0f / Shape::kChannels);
+    float squares = 0;
 #pragma unroll
-            for (int i = 1; i < kVector; ++i) part += v[block][i];
-            sum += part;
+    for (int block = 0; block < Shape::kBlocks; ++block) {
+        float part = 0;
+#pragma unroll
+        for (int i = 0; i < kVector; ++i) {
+            const float deviation = __fsub_rn(v[block][i], mean);
+            part = __fmaf_rn(deviation, deviation, part);
         }
-        const float mean = quad_sum(sum) * (1.0f / Shape::kChannels);
-        float squares = 0;
+        squares += part;
+    }
+    const float rstd = rsqrtf(quad_sum(squares) * (1.0f / Shape::kChannels) + eps);
 #pragma unroll
-        for (int block = 0; block < Shape::kBlocks; ++block) {
-            float part = 0;
+    for (int block = 0; block < Shape::kBlocks; ++block) {
 #pragma unroll
-            for (int i = 0; i < kVector; ++i) {
-                const float deviation = __fsub_rn(v[block][i], mean);
-                part = __fmaf_rn(deviation, deviation, part);
+        for (int i = 0; i < kVector; i += 4) {
+            const int channel = block * kGroup + first + i;
+            float gamma[4], beta[4], inverse[4], y[4];
+            load_shared(gamma, s.gamma + channel);
+            load_shared(beta, s.beta + channel);
+            load_shared(inverse, s.in_inverse + channel);
+#pragma unroll
+            for (int c = 0; c < 4; ++c) {
+                y[c] = normalized(v[block][i + c], mean, rstd, gamma[c], beta[c]) * inverse[c];
             }
-            squares += part;
-        }
-        const float rstd = rsqrtf(quad_sum(squares) * (1.0f / Shape::kChannels) + eps);
-#pragma unroll
-        for (int block = 0; block < Shape::kBlocks; ++block) {
-#pragma unroll
-            for (int i = 0; i < kVector; i += 4) {
-                const int channel = block * kGroup + first + i;
-                float gamma[4], beta[4], inverse[4], y[4];
-                load_shared(gamma, s.gamma + channel);
-                load_shared(beta, s.beta + channel);
-                load_shared(inverse, s.in_inverse + channel);
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    y[c] = normalized(v[block][i + c], mean, rstd, gamma[c], beta[c]) * inverse[c];
-                }
-                a[block][i / 2 + h] = pack_s8(y[0], y[1], y[2], y[3]);
-            }
+            codes[block][i / 4] = pack_s8(y[0], y[1], y[2], y[3]);
         }
     }
 }
 
 // Codes of GELU of one group's sums, as an A fragment; `hidden` is the thread's first channel.
-template <typename Shape>
-__device__ __forceinline__ void activate(uint32_t (&a)[4], const int (&acc)[Shape::kStep / 2],
-                                         int group, int hidden, const MlpConstants<Shape>& s) {
+template <typename Shape, int kSums>
+__device__ __forceinline__ void activate(uint32_t (&a)[4], const int (&acc)[kSums], int group,
+                                         int hidden, const MlpConstants<Shape>& s) {
 #pragma unroll
     for (int i = 0; i < kVector; i += 4) {
         float factor[4], bias[4], inverse[4];
@@ -125,6 +123,16 @@ __device__ __forceinline__ void activate(uint32_t (&a)[4], const int (&acc)[Shap
             a[i / 2 + h] = pack_s8(y[0], y[1], y[2], y[3]);
         }
     }
+}
+
+// y of channel c of four from its sum of fc2.
+template <bool kRounded>
+__device__ __forceinline__ float output(int sum, int c, const float (&factor)[4],
+                                        const float (&bias)[4], const float (&inverse)[4],
+                                        const float (&scale)[4]) {
+    const float y = __fmaf_rn(__int2float_rn(sum), factor[c], bias[c]);
+    if constexpr (!kRounded) return y;
+    return __fmul_rn(__int2float_rn(quantize(y, inverse[c])), scale[c]);
 }
 
 // x := fp16(x + y), y from the sums of fc2. The first kAhead blocks of x are loaded.
@@ -151,11 +159,7 @@ __device__ __forceinline__ void add_residual(const int (&acc)[Shape::kChannels /
 #pragma unroll
                 for (int c = 0; c < 4; ++c) {
                     const int sum = acc[(block * 4 + (i + c) / 2) * 4 + h * 2 + c % 2];
-                    float value = __fmaf_rn(__int2float_rn(sum), factor[c], bias[c]);
-                    if constexpr (kRounded) {
-                        value = __fmul_rn(__int2float_rn(quantize(value, inverse[c])), scale[c]);
-                    }
-                    y[h][i + c] = value;
+                    y[h][i + c] = output<kRounded>(sum, c, factor, bias, inverse, scale);
                 }
             }
         }
@@ -216,7 +220,16 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
             MlpRows<kBlocks> rows(x, row, p.m);
 #pragma unroll
             for (int block = 0; block < kBlocks; ++block) rows.load(block);
-            normalize<Shape>(input, rows, p.eps, s.constants);
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                uint32_t codes[kBlocks][2];
+                normalize<Shape>(codes, rows.bits[h], p.eps, s.constants);
+#pragma unroll
+                for (int block = 0; block < kBlocks; ++block) {
+                    input[block][h] = codes[block][0];
+                    input[block][2 + h] = codes[block][1];
+                }
+            }
         }
 
         // Step = pass * kUnroll + i. In a ring, stages follow each other anywhere.

@@ -48,6 +48,31 @@ struct MlpConstants {
     float out_inverse[Shape::kChannels], out_scale[Shape::kChannels];
 };
 
+template <int kCount>
+__device__ __forceinline__ void copy_vector(const float (&s_to)[kCount], const float* from,
+                                            uint32_t barrier) {
+    if (from == nullptr) return;
+    expect_bytes(barrier, sizeof(s_to));
+    copy_bulk(shared_address(s_to), from, sizeof(s_to), barrier);
+}
+
+// By one thread; completes on `barrier`, at which it arrives.
+template <typename Shape>
+__device__ __forceinline__ void copy_constants(const MlpConstants<Shape>& s, const MlpArguments& p,
+                                               uint32_t barrier) {
+    copy_vector(s.gamma, p.gamma, barrier);
+    copy_vector(s.beta, p.beta, barrier);
+    copy_vector(s.in_inverse, p.in_inverse, barrier);
+    copy_vector(s.fc1_factor, p.fc1_factor, barrier);
+    copy_vector(s.fc1_bias, p.fc1_bias, barrier);
+    copy_vector(s.hidden_inverse, p.hidden_inverse, barrier);
+    copy_vector(s.fc2_factor, p.fc2_factor, barrier);
+    copy_vector(s.fc2_bias, p.fc2_bias, barrier);
+    copy_vector(s.out_inverse, p.out_inverse, barrier);
+    copy_vector(s.out_scale, p.out_scale, barrier);
+    arrive(barrier);
+}
+
 // Shared memory of a block. The weights' slabs want multiples of 1024 bytes.
 template <typename Shape>
 struct MlpMemory {
@@ -88,15 +113,6 @@ struct MlpCopies {
                   Shape::kPartBytes, full);
     }
 
-    template <int kCount>
-    __device__ __forceinline__ void copy(const float (&s_to)[kCount], const float* from) const {
-        if (from != nullptr) {
-            const uint32_t full = shared_address(&s.constants_full);
-            expect_bytes(full, sizeof(s_to));
-            copy_bulk(shared_address(s_to), from, sizeof(s_to), full);
-        }
-    }
-
     // By one thread, before the block's barrier.
     __device__ __forceinline__ void start() const {
         for (int slot = 0; slot < Shape::kSlots; ++slot) {
@@ -105,17 +121,7 @@ struct MlpCopies {
         }
         init_barrier(shared_address(&s.constants_full), 1);
         publish_barriers();
-        copy(s.constants.gamma, p.gamma);
-        copy(s.constants.beta, p.beta);
-        copy(s.constants.in_inverse, p.in_inverse);
-        copy(s.constants.fc1_factor, p.fc1_factor);
-        copy(s.constants.fc1_bias, p.fc1_bias);
-        copy(s.constants.hidden_inverse, p.hidden_inverse);
-        copy(s.constants.fc2_factor, p.fc2_factor);
-        copy(s.constants.fc2_bias, p.fc2_bias);
-        copy(s.constants.out_inverse, p.out_inverse);
-        copy(s.constants.out_scale, p.out_scale);
-        arrive(shared_address(&s.constants_full));
+        copy_constants(s.constants, p, shared_address(&s.constants_full));
         for (int turn = 0; turn < Shape::kSlots; ++turn) copy(turn);
     }
 

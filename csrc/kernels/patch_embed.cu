@@ -21,10 +21,9 @@ __global__ void clear_status_kernel(int* status, int batch) {
 }
 
 void check_sizes(const PatchEmbedArguments& a) {
-    const std::string sizes = "batch " + std::to_string(a.batch) + ", in_chans " +
-                              std::to_string(a.in_chans) + ", img_size " +
-                              std::to_string(a.img_size) + ", patch_size " +
-                              std::to_string(a.patch_size);
+    const std::string sizes =
+        "batch " + std::to_string(a.batch) + ", in_chans " + std::to_string(a.in_chans) +
+        ", img_size " + std::to_string(a.img_size) + ", patch_size " + std::to_string(a.patch_size);
     if (a.batch < 0 || a.in_chans <= 0 || a.img_size <= 0 || a.patch_size <= 0) {
         refuse_argument("patch_embed", sizes, "all but batch must be positive");
     }

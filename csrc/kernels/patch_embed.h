@@ -7,17 +7,17 @@
 namespace swinq {
 
 struct PatchEmbedArguments {
-    Type image_type;          // kHalf or kFloat
-    Type stream;              // kHalf: pixels and weights are rounded to fp16; kFloat: fp32 throughout
-    const void* images;       // (batch, in_chans, img_size, img_size)
-    const void* weight;       // (channels, in_chans * patch_size^2) of the stream's type
-    const float* bias;        // (channels)
-    const float* gamma;       // (channels)
-    const float* beta;        // (channels)
-    void* x;                  // (batch * tokens, channels) of the stream's type
-    int8_t* operand;          // (batch * tokens, channels) or null: quantize(x) [v2's first qkv]
-    const float* inverse;     // (channels), with operand
-    int* status;              // (batch) or null: written here first: 1 where an image is non-finite, else 0
+    Type image_type;       // kHalf or kFloat
+    Type stream;           // kHalf: pixels and weights are rounded to fp16; kFloat: fp32 throughout
+    const void* images;    // (batch, in_chans, img_size, img_size)
+    const void* weight;    // (channels, in_chans * patch_size^2) of the stream's type
+    const float* bias;     // (channels)
+    const float* gamma;    // (channels)
+    const float* beta;     // (channels)
+    void* x;               // (batch * tokens, channels) of the stream's type
+    int8_t* operand;       // (batch * tokens, channels) or null: quantize(x) [v2's first qkv]
+    const float* inverse;  // (channels), with operand
+    int* status;  // (batch) or null: written here first: 1 where an image is non-finite, else 0
     float eps;
     int batch, in_chans, img_size, patch_size, channels;
 };

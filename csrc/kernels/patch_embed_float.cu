@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kThreads)
         for (int c = 0; c < kColumns; ++c) {
             const int channel = c * kWarp + lane;
             if (channel >= a.channels) continue;
-            const float x = normalized(y[r][c], mean, rstd, __ldg(a.gamma + channel),
-                                       __ldg(a.beta + channel));
+            const float x =
+                normalized(y[r][c], mean, rstd, __ldg(a.gamma + channel), __ldg(a.beta + channel));
             const int64_t at = static_cast<int64_t>(row) * a.channels + channel;
             static_cast<float*>(a.x)[at] = x;
             if (a.operand) {

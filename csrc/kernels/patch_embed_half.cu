@@ -15,8 +15,8 @@ namespace {
 constexpr int kTileRows = 16;
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / kWarp;
-constexpr int kSlab = 16;   // k of one mma
-constexpr int kSlabs = 3;   // of a chunk, loaded at once: a patch of 3 channels, 4 x 4 pixels
+constexpr int kSlab = 16;  // k of one mma
+constexpr int kSlabs = 3;  // of a chunk, loaded at once: a patch of 3 channels, 4 x 4 pixels
 constexpr int kChunk = kSlabs * kSlab;
 constexpr int kGroup = 32;  // channels of four n8 tiles
 

@@ -19,7 +19,7 @@ template <int kVectors>
 constexpr int kMostWarps = kVectors > 4 ? 8 : 16;
 
 template <typename T, int kVectors>
-__global__ void __launch_bounds__(kMostWarps<kVectors> * kWarp, 1)
+__global__ void __launch_bounds__(kMostWarps<kVectors>* kWarp, 1)
     pool_kernel(const PoolArguments a, const Divisor width) {
     extern __shared__ float sums[];  // (warps, channels)
     const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;

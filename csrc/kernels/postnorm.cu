@@ -26,9 +26,7 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1)
     wait_for_predecessor();
     let_successor_start();
 
-    auto total = [&](float value, int pass) {
-        return row_sum(value, layout.lanes, partial[pass]);
-    };
+    auto total = [&](float value, int pass) { return row_sum(value, layout.lanes, partial[pass]); };
     const int stride = gridDim.x * layout.rows_per_block();
     auto element = [&](int row, int v) {
         return static_cast<int64_t>(row) * layout.width + (v * layout.lanes + lane) * kVector;
@@ -74,8 +72,7 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1)
             load_x(row + stride, v);
 #pragma unroll
             for (int i = 0; i < kVector; ++i) {
-                const float normal =
-                    normalized(y[v][i], s.mean, s.rstd, gamma[v][i], beta[v][i]);
+                const float normal = normalized(y[v][i], s.mean, s.rstd, gamma[v][i], beta[v][i]);
                 x[i] = a.residual ? __fadd_rn(x[i], normal) : normal;
             }
             Vector<T> stored;
@@ -126,7 +123,7 @@ void postnorm(const PostnormArguments& a, cudaStream_t stream) {
     const bool codes = a.y_type == Type::kInt8;
     if (a.stream == Type::kHalf) {
         return (codes ? launch_postnorm<int8_t, __half> : launch_postnorm<float, __half>)(a, layout,
-                                                                                         stream);
+                                                                                          stream);
     }
     (codes ? launch_postnorm<int8_t, float> : launch_postnorm<float, float>)(a, layout, stream);
 }

@@ -57,9 +57,7 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1)
     wait_for_predecessor();
     let_successor_start();
 
-    auto total = [&](float value, int pass) {
-        return row_sum(value, layout.lanes, partial[pass]);
-    };
+    auto total = [&](float value, int pass) { return row_sum(value, layout.lanes, partial[pass]); };
     const int stride = gridDim.x * layout.rows_per_block();
     Vector<T> vectors[kVectors];
     auto load = [&](int row) {
@@ -107,8 +105,8 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1)
 #pragma unroll
         for (int v = 0; v < kVectors; ++v) {
             if (v >= held) continue;
-            const int64_t at = static_cast<int64_t>(row) * layout.width +
-                               (v * layout.lanes + lane) * kVector;
+            const int64_t at =
+                static_cast<int64_t>(row) * layout.width + (v * layout.lanes + lane) * kVector;
             store_operand(x[v], inverse[v], a.operand, a.out, at);
         }
     }
@@ -155,9 +153,8 @@ void prenorm(const PrenormArguments& a, cudaStream_t stream) {
     const int64_t rows = a.batch * tokens;
     check(a, rows);
     if (rows == 0) return;
-    const RowLayout layout =
-        row_layout("prenorm", static_cast<int>(a.merge ? rows / 4 : rows),
-                   a.merge ? 4 * a.channels : a.channels);
+    const RowLayout layout = row_layout("prenorm", static_cast<int>(a.merge ? rows / 4 : rows),
+                                        a.merge ? 4 * a.channels : a.channels);
     if (a.stream == Type::kHalf) return launch_prenorm<__half>(a, layout, stream);
     launch_prenorm<float>(a, layout, stream);
 }

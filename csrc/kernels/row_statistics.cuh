@@ -37,10 +37,10 @@ inline RowLayout row_layout(const std::string& kernel, int rows, int width) {
     RowLayout layout = {rows, width, 4, 1};
     while (layout.lanes * kRowVectors * kVector < width) layout.lanes *= 2;
     if (layout.lanes > kRowLanes) {
-        throw Error(Error::kUnsupported,
-                    kernel + ": rows of " + std::to_string(width) + " channels, the kernel holds " +
-                        std::to_string(kRowLanes * kRowVectors * kVector) +
-                        "\n  fix: use a narrower model, or run it on the CPU");
+        throw Error(Error::kUnsupported, kernel + ": rows of " + std::to_string(width) +
+                                             " channels, the kernel holds " +
+                                             std::to_string(kRowLanes * kRowVectors * kVector) +
+                                             "\n  fix: use a narrower model, or run it on the CPU");
     }
     layout.vectors = static_cast<int>(ceil_div(width, layout.lanes * kVector));
     return layout;

@@ -76,6 +76,8 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, int shared_byt
     launch_clusters(1, kernel, grid, block, shared_bytes, stream, arguments...);
 }
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
 
 }  // namespace swinq

@@ -114,6 +114,30 @@ __device__ __forceinline__ void give_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
+// ---- clusters ----
+
+// Where `shared` of this block lies in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t remote_address(uint32_t shared, int rank) {
+    uint32_t remote;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(shared), "r"(rank));
+    return remote;
+}
+
+__device__ __forceinline__ void store_remote(uint32_t remote, uint4 value) {
+    asm volatile("st.shared::cluster.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(remote), "r"(value.x),
+                 "r"(value.y), "r"(value.z), "r"(value.w)
+                 : "memory");
+}
+
+// A barrier of all the cluster's threads in two halves, in turn; what was written before the first
+// is seen behind the second.
+__device__ __forceinline__ void arrive_at_cluster() {
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void wait_for_cluster() {
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // ---- products ----
 
 __device__ __forceinline__ void begin_products() {
@@ -163,6 +187,7 @@ struct Products;
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define SWINQ_R7 \
     "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define SWINQ_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define SWINQ_R16 SWINQ_R0
 #define SWINQ_R32 SWINQ_R16 ", " SWINQ_R1
 #define SWINQ_R48 SWINQ_R32 ", " SWINQ_R2
@@ -171,6 +196,7 @@ struct Products;
 #define SWINQ_R128 SWINQ_R96 ", " SWINQ_R6 ", " SWINQ_R7
 
 #define SWINQ_D4(c, i) c(d[i]), c(d[i + 1]), c(d[i + 2]), c(d[i + 3])
+#define SWINQ_D8(c) SWINQ_D4(c, 0), SWINQ_D4(c, 4)
 #define SWINQ_D16(c, i) SWINQ_D4(c, i), SWINQ_D4(c, i + 4), SWINQ_D4(c, i + 8), SWINQ_D4(c, i + 12)
 #define SWINQ_D32(c) SWINQ_D16(c, 0), SWINQ_D16(c, 16)
 #define SWINQ_D48(c) SWINQ_D32(c), SWINQ_D16(c, 32)
@@ -218,6 +244,8 @@ struct Products;
     };
 
 // clang-format off
+SWINQ_PRODUCTS(16, SWINQ_R8, SWINQ_D8("+r"), SWINQ_D8("+f"),
+               "%8", "%9", "%10", "%11", "%12", "%13")
 SWINQ_PRODUCTS(32, SWINQ_R16, SWINQ_D16("+r", 0), SWINQ_D16("+f", 0),
                "%16", "%17", "%18", "%19", "%20", "%21")
 SWINQ_PRODUCTS(64, SWINQ_R32, SWINQ_D32("+r"), SWINQ_D32("+f"),

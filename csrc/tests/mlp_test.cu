@@ -340,12 +340,14 @@ int run() {
     bool pass = true;
     for (int channels : {96, 128, 192}) {
         const Problem problem(channels, kMostRows);
-        for (int m : {1, 49, 64, 127, 128, 1000, kMostRows}) {
+        for (int m : {1, 49, 64, 127, 128, 1000, 20001, kMostRows}) {
             for (bool rounded : {false, true}) pass &= check_case(problem, m, rounded);
         }
         pass &= check_invariance(problem, 30000);
         for (bool rounded : {false, true}) {
-            time_case(problem, channels == 192 ? 25088 : kMostRows, rounded);
+            for (int m : {784, 3136, channels == 192 ? 25088 : kMostRows}) {
+                time_case(problem, m, rounded);
+            }
         }
     }
     std::printf("%s\n", pass ? "passed" : "FAILED");

@@ -14,7 +14,9 @@
 
 namespace swinq::testing {
 
-inline float reference_half(float x) { return __half2float(__float2half_rn(x)); }
+inline float reference_half(float x) {
+    return __half2float(__float2half_rn(x));
+}
 
 // clamp(rint(x * inverse)) by column, one fp32 multiply; (rows, width). NaN becomes 0.
 inline std::vector<int8_t> reference_quantize(const std::vector<float>& x,
