@@ -23,7 +23,9 @@ from swinq.quant.spec import QuantSpec
 from tests.test_architecture import ROOMS
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
+CSRC = REPO_ROOT / "csrc"
 PAGES = [REPO_ROOT / "README.md", REPO_ROOT / "CHANGELOG.md", *sorted(REPO_ROOT.glob("docs/*.md"))]
+PAGES.append(CSRC / "NUMERICS.md")
 DEFAULTS = dict(config.leaves(config.DEFAULTS))
 IMAGENET = "/data/imagenet"  # what the pages call the user's data
 
@@ -265,7 +267,16 @@ def source_words() -> set[str]:
     files = [*(REPO_ROOT / "swinq").rglob("*.py"), *(REPO_ROOT / "calib").rglob("*.py")]
     files += [path for path in (REPO_ROOT / "scripts").iterdir() if path.is_file()]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
-    return set(re.findall(r"[A-Z][A-Z0-9_]{3,}", text))
+    return set(re.findall(r"[A-Z][A-Z0-9_]{3,}", text)) | engine_variables()
+
+
+def engine_variables() -> set[str]:
+    """The environment variables that libswinq reads, by name."""
+    text = "\n".join(path.read_text(encoding="utf-8") for path in CSRC.glob("engine/*.cpp"))
+    found = set(re.findall(r'\bvariable\("(\w+)"\)', text))
+    assert text.count("getenv(") == 1, "libswinq reads variables elsewhere than in variable()"
+    assert "SWINQ_CACHE_DIR" in found
+    return found
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
@@ -285,7 +296,7 @@ def test_links_resolve(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_paths_in_backticks_exist(page: Path) -> None:
     for span in code_spans(page):
-        if re.fullmatch(r"(swinq|calib|scripts|tests|configs|docs)/[\w./-]*", span):
+        if re.fullmatch(r"(swinq|calib|csrc|scripts|tests|configs|docs)/[\w./-]*", span):
             assert (REPO_ROOT / span).exists(), f"{name_of(page)}: `{span}`"
 
 
@@ -337,8 +348,24 @@ def test_every_variable_of_ours_is_explained() -> None:
     assert read <= explained, sorted(read - explained)
     files = [*(REPO_ROOT / "swinq").rglob("*.py"), *(REPO_ROOT / "scripts").iterdir()]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files if path.is_file())
-    for variable in explained:
+    for variable in explained - engine_variables():
         assert variable in text, f"nothing reads {variable}"
+
+
+def test_sections_that_kernels_refer_to_exist() -> None:
+    page = CSRC / "NUMERICS.md"
+    headings = set(re.findall(r"^## (.+)$", page.read_text(encoding="utf-8"), re.M))
+    named = set()
+    for path in [*CSRC.rglob("*.h"), *CSRC.rglob("*.cu"), *CSRC.rglob("*.cuh")]:
+        text = path.read_text(encoding="utf-8")
+        named |= set(re.findall(r'csrc/NUMERICS\.md,\s(?:// )?"([^"]+)"', text))
+    assert {"GEMM", "Attention"} <= named <= headings, sorted(named - headings)
+
+
+def test_folders_of_the_engine_are_explained() -> None:
+    rows = table_rows(REPO_ROOT / "docs" / "architecture.md", "folder of `csrc`")
+    assert {row[0] for row in rows} == {path.name for path in CSRC.iterdir() if path.is_dir()}
+    assert all(purpose for _, purpose in rows)
 
 
 def test_import_directions_are_those_that_are_enforced() -> None:

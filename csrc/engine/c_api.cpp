@@ -196,7 +196,7 @@ swinq_status swinq_plan_gemms(const swinq_plan* plan, int batch, swinq_gemm_argu
         *count = 0;
         for (const Step& step : plan_in(plan).steps) {
             const auto* gemm = std::get_if<GemmStep>(&step);
-            if (gemm == nullptr || gemm->arguments.norm != Norm::kNone) {
+            if (gemm == nullptr || gemm->arguments.has_norm) {
                 continue;
             }
             if (*count < capacity) {

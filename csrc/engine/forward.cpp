@@ -63,8 +63,7 @@ class Enqueuer {
         a.a = at(step.a);
         a.out = at(step.out);
         a.m = step.rows * forward_.batch;
-        const bool writes_operand = a.norm == Norm::kBefore || a.norm_inverse != nullptr;
-        a.norm_operand = writes_operand ? at(Buffer::kOperand) : nullptr;
+        a.norm_operand = a.norm_inverse ? static_cast<int8_t*>(at(Buffer::kOperand)) : nullptr;
         const auto tile = plan_.tiles.find(tile_key(a));
         gemm(a, tile == plan_.tiles.end() ? nullptr : &tile->second, forward_.stream);
     }

@@ -12,7 +12,7 @@ Tiles usable_tiles(const Plan& plan, const Tiles& cached) {
     Tiles usable;
     for (const Step& step : plan.steps) {
         const auto* gemm = std::get_if<GemmStep>(&step);
-        if (gemm == nullptr || gemm->arguments.norm != Norm::kNone) {
+        if (gemm == nullptr || gemm->arguments.has_norm) {
             continue;
         }
         for (const auto& [key, tile] : cached) {

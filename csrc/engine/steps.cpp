@@ -78,9 +78,7 @@ class StepBuilder {
                  type, type == Type::kInt8 ? qkv_inverse(name + ".attn", stage.heads) : nullptr);
         add_attention(stage, block, type, proj);
         if (is_v1_) {
-            const bool next_norms = is_mlp_fused(model_, stage, name, fuse_mlp_);
-            add_stream_gemm(proj, stage, Buffer::kNarrow, Output::kResidual,
-                            next_norms ? "" : name + ".norm2", name + ".mlp.fc1");
+            add_stream_gemm(proj, stage, Buffer::kNarrow, Output::kResidual);
         } else {
             add_normed_gemm(proj, stage, Buffer::kNarrow, Buffer::kWide, name + ".norm1", true,
                             stream_inverse(name + ".mlp.fc1"));
@@ -101,9 +99,7 @@ class StepBuilder {
         add_gemm(fc1, stage, operand_of(fc1), Activation::kGelu, fc2.type, fc2.in_inverse);
         const bool is_last = block + 1 == stage.depth;  // merge and head read x itself
         if (is_v1_) {
-            const std::string next = is_last ? "" : block_name(stage.index, block + 1) + ".norm1";
-            add_stream_gemm(fc2, stage, Buffer::kWide, Output::kResidual, next,
-                            qkv_name(stage.index, block + 1));
+            add_stream_gemm(fc2, stage, Buffer::kWide, Output::kResidual);
         } else {
             add_normed_gemm(fc2, stage, Buffer::kWide, Buffer::kNarrow, name + ".norm2", true,
                             is_last ? nullptr : stream_inverse(qkv_name(stage.index, block + 1)));
@@ -114,11 +110,10 @@ class StepBuilder {
         const Stage& next = model_.stages()[static_cast<size_t>(stage.index) + 1];
         const std::string norm = merge_name(stage.index) + ".norm";
         const Linear& reduction = linears_.at(merge_name(stage.index) + ".reduction");
-        // not through kOperand: the reduction may write there while it reads
+        // not through kOperand: v2's reduction may write there while it reads
         add_prenorm(stage, is_v1_ ? norm : "", reduction, true, Buffer::kWide);
         if (is_v1_) {
-            add_stream_gemm(reduction, next, Buffer::kWide, Output::kStream,
-                            block_name(next.index, 0) + ".norm1", qkv_name(next.index, 0));
+            add_stream_gemm(reduction, next, Buffer::kWide, Output::kStream);
         } else {
             add_normed_gemm(reduction, next, Buffer::kWide, Buffer::kNarrow, norm, false,
                             stream_inverse(qkv_name(next.index, 0)));
@@ -146,13 +141,9 @@ class StepBuilder {
 
     // ---- steps ----
 
-    // x, its norm (unless the name is empty) or that of four neighbours, as `reader` wants it;
-    // nothing if the step before wrote that already.
+    // x, its norm (unless the name is empty) or that of four neighbours, as `reader` wants it.
     void add_prenorm(const Stage& stage, const std::string& norm, const Linear& reader,
                      bool merge = false, Buffer out = Buffer::kOperand) {
-        if (!norm.empty() && norm == written_norm_) {
-            return;
-        }
         PrenormArguments p = {};
         p.stream = stream_;
         p.operand = reader.type;
@@ -195,21 +186,11 @@ class StepBuilder {
         plan_.steps.emplace_back(GemmStep{g, a, Buffer::kWide, static_cast<int>(stage.tokens())});
     }
 
-    // v1: into the residual stream, on the way rounded to int8 where the file says so; and, where
-    // there is such a kernel, by the norm of that name (none if empty) into what the layer `reader`
-    // reads.
-    void add_stream_gemm(const Linear& linear, const Stage& stage, Buffer a, Output output,
-                         const std::string& norm, const std::string& reader) {
+    // v1: into the residual stream, on the way rounded to int8 where the file says so.
+    void add_stream_gemm(const Linear& linear, const Stage& stage, Buffer a, Output output) {
         GemmArguments g = gemm_arguments(linear, Activation::kNone, output);
         g.out_inverse = linear.out_inverse;
         g.out_scale = linear.out_scale;
-        if (!norm.empty() && has_norm_kernel(linear)) {
-            const Linear& next = linears_.at(reader);
-            set_norm(g, Norm::kBefore, norm, next.in_inverse);
-            g.norm_type = next.type;
-            need(Buffer::kOperand, stage.tokens() * linear.n * size_of(next.type));
-            written_norm_ = norm;
-        }
         plan_.steps.emplace_back(GemmStep{g, a, Buffer::kStream, static_cast<int>(stage.tokens())});
     }
 
@@ -225,8 +206,11 @@ class StepBuilder {
                                              residual ? Output::kResidual : Output::kStream);
             g.out_inverse = linear.out_inverse;
             g.out_scale = linear.out_scale;
-            set_norm(g, Norm::kAfter, norm, inverse);
-            g.norm_type = Type::kInt8;
+            g.has_norm = true;
+            g.norm_gamma = add_vector(norm + ".weight");
+            g.norm_beta = add_vector(norm + ".bias");
+            g.norm_eps = eps_;
+            g.norm_inverse = inverse;
             plan_.steps.emplace_back(GemmStep{g, a, Buffer::kStream, rows});
             return;
         }
@@ -252,14 +236,6 @@ class StepBuilder {
     // Whether the GEMM that writes the residual stream can take a norm with it on this device.
     bool has_norm_kernel(const Linear& linear) const {
         return fuse_norm_ && stream_ == Type::kHalf && can_normalize(linear.type, linear.n);
-    }
-
-    void set_norm(GemmArguments& g, Norm norm, const std::string& name, const float* inverse) {
-        g.norm = norm;
-        g.norm_gamma = add_vector(name + ".weight");
-        g.norm_beta = add_vector(name + ".bias");
-        g.norm_eps = eps_;
-        g.norm_inverse = inverse;
     }
 
     void add_attention(const Stage& stage, int block, Type type, const Linear& proj) {
@@ -357,7 +333,6 @@ class StepBuilder {
     Arena& arena_;
     Plan& plan_;
     const Linears linears_;
-    std::string written_norm_;  // v1: the last norm that a GEMM took with it
 };
 
 }  // namespace

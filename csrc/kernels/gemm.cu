@@ -48,20 +48,14 @@ void check(const GemmArguments& g) {
     }
     require(g.activation != Activation::kNormalize || g.n % (3 * kHeadDim) == 0, g,
             "normalized heads need n = 3 * heads * 32");
-    if (g.norm == Norm::kNone) return;
+    if (!g.has_norm) return;
     require(can_normalize(g.operand, g.n), g, "no kernel with a norm for this n on this device");
     require(g.output == Output::kResidual || g.output == Output::kStream, g,
             "a norm goes with the residual stream");
-    require(g.stream == Type::kHalf && g.activation == Activation::kNone, g,
-            "a norm needs an fp16 stream and no activation");
+    require(g.stream == Type::kHalf && g.activation == Activation::kNone && !g.out_scale, g,
+            "a norm needs an fp16 stream, no activation and unrounded outputs");
     require(g.norm_gamma && g.norm_beta, g, "a norm needs gamma and beta");
-    require(!g.out_scale, g, "a norm goes with unrounded outputs");
-    const bool before = g.norm == Norm::kBefore;
-    require(g.norm_operand || !before, g, "a norm before the next layer needs norm_operand");
-    require(g.norm_type == Type::kInt8 || (before && g.norm_type == Type::kHalf), g,
-            "norm_type must be int8, or half with a norm before the next layer");
-    require(!g.norm_operand || g.norm_type != Type::kInt8 || g.norm_inverse, g,
-            "codes need norm_inverse");
+    require(!g.norm_operand || g.norm_inverse, g, "norm_operand needs norm_inverse");
     require(aligned(g.norm_operand), g, "norm_operand must be aligned to 16");
     for (const float* vector : {g.norm_gamma, g.norm_beta, g.norm_inverse}) {
         require(aligned(vector), g, "norm_gamma, norm_beta and norm_inverse must be aligned to 16");
@@ -130,7 +124,7 @@ GemmTile default_tile(const GemmArguments& g) {
 void gemm(const GemmArguments& g, const GemmTile* wanted, cudaStream_t stream) {
     check(g);
     if (g.m == 0) return;
-    if (g.norm != Norm::kNone) return gemm_norm(g, stream);
+    if (g.has_norm) return gemm_norm(g, stream);
     const GemmTile tile = wanted ? *wanted : default_tile(g);
     if (!exists(tile, g.operand)) refuse_tile(g, tile);
     if (tile.instruction == kWgmma) {

@@ -24,13 +24,6 @@ enum class Output : int {
     kStream = 4,    // stream := T(y)
 };
 
-// A LayerNorm over the n columns in the same kernel, and the operand of the layer that reads x next.
-enum class Norm : int {
-    kNone = 0,
-    kBefore = 1,  // v1: x as `output` says, then operand := LayerNorm(x)
-    kAfter = 2,   // v2: y := LayerNorm(y), then x as `output` says, operand := x
-};
-
 struct GemmArguments {
     Type operand;            // of a and w
     Type stream;             // of `out` in kResidual and kStream: kHalf or kFloat
@@ -45,14 +38,14 @@ struct GemmArguments {
     const float* out_scale;    // (n) or null: kResidual, kStream: y := quantize(y) * out_scale[c]
     int m, n, k;             // k a multiple of 16 bytes, n of 8
 
-    // kResidual and kStream of a half stream, where can_normalize()
-    Norm norm;
+    // v2: y := LayerNorm(y) before the output, and the codes of x for the layer that reads it next. Half
+    // operands, kResidual and kStream of a half stream, where can_normalize(n).
+    bool has_norm;
     const float* norm_gamma;    // (n)
     const float* norm_beta;     // (n)
     float norm_eps;
-    void* norm_operand;         // (m, n); kAfter: may be null
-    Type norm_type;             // of the operand: kInt8 or, with kBefore, kHalf
-    const float* norm_inverse;  // (n), kInt8
+    int8_t* norm_operand;       // (m, n) or null: quantize(x)
+    const float* norm_inverse;  // (n), with norm_operand
 };
 
 // Tile of one block. `instruction` 0: mma.sync, 1: wgmma (sm_90 only).
@@ -63,7 +56,7 @@ struct GemmTile {
 // Enqueues the product. `tile` null: the default for this shape and device.
 void gemm(const GemmArguments& arguments, const GemmTile* tile, cudaStream_t stream);
 
-// Whether gemm() on this device has `norm` for rows of n.
+// Whether gemm() on this device can normalize rows of n.
 bool can_normalize(Type operand, int n);
 
 // The default tile, and all that exist for these arguments on this device (for tuning).

@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "gemm_dispatch.cuh"
-#include "gemm_wgmma.cuh"
+#include "gemm_wgmma_split.cuh"
 
 namespace swinq {
 
@@ -14,6 +14,14 @@ void launch_wgmma(const GemmArguments& g, cudaStream_t stream) {
         launch_wgmma_tile<kOperand, Tile, decltype(epilogue)>(
             g, epilogue_arguments(g), grid_size(g, Tile::kRows, ceil_div(g.n, Tile::kColumns)),
             stream);
+    });
+}
+
+inline void launch_wgmma_split(const GemmArguments& g, cudaStream_t stream) {
+    with_epilogue<Type::kInt8>(g, [&](auto epilogue) {
+        launch_split<decltype(epilogue)>(
+            g, epilogue_arguments(g),
+            grid_size(g, SplitTile::kRows, ceil_div(g.n, SplitTile::kColumns)), stream);
     });
 }
 
@@ -29,6 +37,9 @@ void gemm_wgmma(const GemmArguments& g, const GemmTile& tile, cudaStream_t strea
     if (is(128, 96)) return launch_wgmma<kOperand, WgmmaTile<2, 96, 3, 2>>(g, stream);
     if (is(64, 128)) return launch_wgmma<kOperand, WgmmaTile<1, 128, 4, 2>>(g, stream);
     if (is(64, 96)) return launch_wgmma<kOperand, WgmmaTile<1, 96, 5, 2>>(g, stream);
+    if constexpr (kOperand == Type::kInt8) {
+        if (is(64, 64) && is_split_better(g)) return launch_wgmma_split(g, stream);
+    }
     if (is(64, 64)) return launch_wgmma<kOperand, WgmmaTile<1, 64, 6, 2>>(g, stream);
     refuse_tile(g, tile);
 }

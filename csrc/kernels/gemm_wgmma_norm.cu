@@ -6,8 +6,9 @@ namespace swinq {
 
 namespace {
 
-// Measured on an H100: with fp16 operands and rows of up to 512 the norm in the epilogue spares more than
-// its clusters cost; with wider rows, and with int8, whose products are short, a kernel of its own wins.
+// Measured on an H100: in v2, with fp16 operands and rows of up to 512, the norm in the epilogue spares
+// more than its clusters cost (batch 32: 10 %). With wider rows, with int8, whose products are short and
+// whose y is written as codes, and in v1 a kernel of its own wins.
 constexpr int kMostColumns = 512;
 
 // Columns of a tile, the same for every batch; 0: no kernel.
@@ -19,7 +20,7 @@ int norm_tile_columns(int n) {
     return 0;
 }
 
-template <Norm kNorm, typename Tile>
+template <typename Tile>
 void launch_norm(const GemmArguments& g, cudaStream_t stream) {
     const int k_bytes = g.k * size_of(Type::kHalf);
     const int blocks = g.n / Tile::kColumns, stages = stages_for<Tile>(k_bytes);
@@ -29,25 +30,11 @@ void launch_norm(const GemmArguments& g, cudaStream_t stream) {
                                 g.norm_inverse,
                                 g.norm_operand,
                                 g.norm_eps,
-                                g.output == Output::kResidual,
-                                g.norm_type == Type::kInt8};
-    launch_clusters(blocks, gemm_norm_kernel<kNorm, Tile>,
+                                g.output == Output::kResidual};
+    launch_clusters(blocks, gemm_norm_kernel<Tile>,
                     dim3(grid_size(g, Tile::kRows, blocks)), dim3(Tile::kThreads),
                     Tile::shared_bytes(stages), stream, slab_map(g.a, g.m, k_bytes, Tile::kRows),
                     slab_map(g.w, g.n, k_bytes, Tile::kColumns), k_bytes, stages, blocks, norm);
-}
-
-template <Norm kNorm>
-void launch_tile(const GemmArguments& g, cudaStream_t stream) {
-    const int columns = norm_tile_columns(g.n);
-    // two warpgroups a block where that still gives every multiprocessor a block
-    const bool tall = ceil_div(g.m, 128) * (g.n / columns) >= multiprocessors();
-    if (columns == 96) {
-        return tall ? launch_norm<kNorm, WgmmaTile<2, 96, 3, 2>>(g, stream)
-                    : launch_norm<kNorm, WgmmaTile<1, 96, 5, 2>>(g, stream);
-    }
-    return tall ? launch_norm<kNorm, WgmmaTile<2, 128, 3, 2>>(g, stream)
-                : launch_norm<kNorm, WgmmaTile<1, 128, 4, 2>>(g, stream);
 }
 
 }  // namespace
@@ -57,8 +44,15 @@ bool can_normalize(Type operand, int n) {
 }
 
 void gemm_norm(const GemmArguments& g, cudaStream_t stream) {
-    if (g.norm == Norm::kBefore) return launch_tile<Norm::kBefore>(g, stream);
-    launch_tile<Norm::kAfter>(g, stream);
+    const int columns = norm_tile_columns(g.n);
+    // two warpgroups a block where that still gives every multiprocessor a block
+    const bool tall = ceil_div(g.m, 128) * (g.n / columns) >= multiprocessors();
+    if (columns == 96) {
+        return tall ? launch_norm<WgmmaTile<2, 96, 3, 2>>(g, stream)
+                    : launch_norm<WgmmaTile<1, 96, 5, 2>>(g, stream);
+    }
+    return tall ? launch_norm<WgmmaTile<2, 128, 3, 2>>(g, stream)
+                : launch_norm<WgmmaTile<1, 128, 4, 2>>(g, stream);
 }
 
 }  // namespace swinq

@@ -18,9 +18,9 @@ struct NormArguments {
     const float* gamma;
     const float* beta;
     const float* inverse;
-    void* operand;
+    int8_t* operand;  // or null
     float eps;
-    bool residual, codes;  // add to the stream; operand is codes, else fp16
+    bool residual;  // add to the stream
 };
 
 __device__ __forceinline__ void store_remote(uint32_t shared, int rank, float2 value) {
@@ -41,7 +41,7 @@ __device__ __forceinline__ void sync_cluster() {
             : "memory");
 }
 
-template <Norm kNorm, typename Tile>
+template <typename Tile>
 __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     gemm_norm_kernel(const __grid_constant__ CUtensorMap map_a,
                      const __grid_constant__ CUtensorMap map_w, int k_bytes, int stages, int blocks,
@@ -86,12 +86,6 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float(&y)[kChannels] = rows[half];
-            if (kNorm == Norm::kBefore && valid[half]) {
-                if (norm.residual) add_stream<Type::kHalf>(y, epilogue.out, at(group, half));
-                store_stream<Type::kHalf>(y, epilogue.out, at(group, half));
-#pragma unroll
-                for (int i = 0; i < kChannels; ++i) y[i] = __half2float(__float2half_rn(y[i]));
-            }
 #pragma unroll
             for (int i = 0; i < kChannels; ++i) sum[half] += y[i];
         }
@@ -149,7 +143,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
         const int first = channel + group * kGroup;
         load_channels(gamma, norm.gamma + first);
         load_channels(beta, norm.beta + first);
-        if (norm.operand && norm.codes) load_channels(inverse, norm.inverse + first);
+        if (norm.operand) load_channels(inverse, norm.inverse + first);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             if (!valid[half]) continue;
@@ -158,18 +152,12 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
             for (int i = 0; i < kChannels; ++i) {
                 y[i] = __fmaf_rn(__fmul_rn(y[i] - mean[half], scale[half]), gamma[i], beta[i]);
             }
-            if constexpr (kNorm == Norm::kAfter) {
-                if (norm.residual) add_stream<Type::kHalf>(y, epilogue.out, at(group, half));
-                store_stream<Type::kHalf>(y, epilogue.out, at(group, half));
-#pragma unroll
-                for (int i = 0; i < kChannels; ++i) y[i] = __half2float(__float2half_rn(y[i]));
-            }
+            if (norm.residual) add_stream<Type::kHalf>(y, epilogue.out, at(group, half));
+            store_stream<Type::kHalf>(y, epilogue.out, at(group, half));
             if (!norm.operand) continue;
-            if (norm.codes) {
-                store_codes(y, inverse, norm.operand, at(group, half));
-            } else {
-                store_stream<Type::kHalf>(y, norm.operand, at(group, half));
-            }
+#pragma unroll
+            for (int i = 0; i < kChannels; ++i) y[i] = __half2float(__float2half_rn(y[i]));
+            store_codes(y, inverse, norm.operand, at(group, half));
         }
     }
 }

@@ -12,8 +12,12 @@ namespace swinq {
 namespace {
 
 // The thread's place in a fragment is free: it takes 8 neighbours (top of mlp_kernel.cuh).
-constexpr int channel_of_byte(int byte) { return byte % 16 / 4 * 8 + byte / 16 * 4 + byte % 4; }
-constexpr int channel_of_row(int row) { return row % 8 / 2 * 8 + row / 8 * 2 + row % 2; }
+constexpr int channel_of_byte(int byte) {
+    return byte % 16 / 4 * 8 + byte / 16 * 4 + byte % 4;
+}
+constexpr int channel_of_row(int row) {
+    return row % 8 / 2 * 8 + row / 8 * 2 + row % 2;
+}
 
 // (rows, k) into units of `unit_rows` rows and 32 bytes of k, four units a slab.
 void lay_out(const int8_t* weight, int rows, int k, int unit_rows, int8_t* laid_out) {
@@ -87,18 +91,17 @@ void mlp(const MlpArguments& p, cudaStream_t stream) {
                                              "  fix: use prenorm() and two gemm()");
     }
     require_matrix("mlp", p.m, p.channels);
-    const std::pair<const char*, const void*> pointers[] = {
-        {"x", p.x},
-        {"gamma", p.gamma},
-        {"beta", p.beta},
-        {"in_inverse", p.in_inverse},
-        {"fc1_weight", p.fc1_weight},
-        {"fc1_factor", p.fc1_factor},
-        {"fc1_bias", p.fc1_bias},
-        {"hidden_inverse", p.hidden_inverse},
-        {"fc2_weight", p.fc2_weight},
-        {"fc2_factor", p.fc2_factor},
-        {"fc2_bias", p.fc2_bias}};
+    const std::pair<const char*, const void*> pointers[] = {{"x", p.x},
+                                                            {"gamma", p.gamma},
+                                                            {"beta", p.beta},
+                                                            {"in_inverse", p.in_inverse},
+                                                            {"fc1_weight", p.fc1_weight},
+                                                            {"fc1_factor", p.fc1_factor},
+                                                            {"fc1_bias", p.fc1_bias},
+                                                            {"hidden_inverse", p.hidden_inverse},
+                                                            {"fc2_weight", p.fc2_weight},
+                                                            {"fc2_factor", p.fc2_factor},
+                                                            {"fc2_bias", p.fc2_bias}};
     for (const auto& [name, pointer] : pointers) require_pointer("mlp", name, pointer);
     if ((p.out_inverse == nullptr) != (p.out_scale == nullptr)) {
         refuse_argument("mlp", "one of out_inverse and out_scale is null, the other is not",
@@ -110,9 +113,12 @@ void mlp(const MlpArguments& p, cudaStream_t stream) {
     }
     if (p.m == 0) return;
     switch (p.channels) {
-        case 96: return launch_mlp<96>(p, stream);
-        case 128: return launch_mlp<128>(p, stream);
-        case 192: return launch_mlp<192>(p, stream);
+        case 96:
+            return launch_mlp<96>(p, stream);
+        case 128:
+            return launch_mlp<128>(p, stream);
+        case 192:
+            return launch_mlp<192>(p, stream);
     }
 }
 

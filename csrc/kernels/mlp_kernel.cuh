@@ -247,8 +247,8 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
             begin_products();
 #pragma unroll
             for (int block = 0; block < kBlocks; ++block) {
-                const uint32_t at = unit_offset<kUnroll * kBlocks>(
-                    pass_in_stage(pass), i * kBlocks + block, kStep);
+                const uint32_t at =
+                    unit_offset<kUnroll * kBlocks>(pass_in_stage(pass), i * kBlocks + block, kStep);
                 Products<kStep>::s8(sums, input[block],
                                     move_descriptor(fc1_first, stage_offset(pass) + at), block > 0);
             }
@@ -256,8 +256,8 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
         auto start_fc2 = [&](int pass, int i) {
 #pragma unroll
             for (int group = 0; group < kGroups; ++group) {
-                const uint32_t at = unit_offset<kUnroll * kGroups>(
-                    pass_in_stage(pass), i * kGroups + group, kChannels);
+                const uint32_t at = unit_offset<kUnroll * kGroups>(pass_in_stage(pass),
+                                                                   i * kGroups + group, kChannels);
                 Products<kChannels>::s8(outputs, hidden[group],
                                         move_descriptor(fc2_first, stage_offset(pass) + at), 1);
             }

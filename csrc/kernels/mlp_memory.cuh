@@ -20,14 +20,16 @@ constexpr int kStageHidden = 128;
 constexpr int kExpansion = 4;  // hidden / channels
 
 // Hidden channels of one pass of the loop: as many as the registers allow.
-constexpr int step_of(int channels) { return channels == 96 ? 96 : channels == 128 ? 64 : 32; }
+constexpr int step_of(int channels) {
+    return channels == 96 ? 96 : channels == 128 ? 64 : 32;
+}
 
 template <int kChannels_>
 struct MlpShape {
     static constexpr int kChannels = kChannels_, kHidden = kExpansion * kChannels;
     static constexpr int kBlocks = kChannels / kGroup;  // products of a step of fc1
     static constexpr int kStep = step_of(kChannels);
-    static constexpr int kGroups = kStep / kGroup;  // products of a step of fc2
+    static constexpr int kGroups = kStep / kGroup;       // products of a step of fc2
     static constexpr int kUnroll = kStep == 32 ? 2 : 1;  // steps of a pass
 
     static constexpr int kAhead = 3;  // blocks of x in registers at the end

@@ -125,8 +125,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     constexpr int kGroups = Shape::kShareHidden / kGroup;
     static_assert(kGroups == 2, "two chains of fc1");
     extern __shared__ uint8_t shared[];
-    auto& s =
-        *reinterpret_cast<SmallMlpMemory<Shape>*>(shared + (-shared_address(shared) & 1023u));
+    auto& s = *reinterpret_cast<SmallMlpMemory<Shape>*>(shared + (-shared_address(shared) & 1023u));
 
     const int thread = static_cast<int>(threadIdx.x) % kWarpgroup;
     const int warpgroup = __shfl_sync(0xffffffffu, threadIdx.x / kWarpgroup, 0);  // uniform
@@ -145,8 +144,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
     // What the thread will add to: 4 channels of rows g and g + 8.
     const int row = tile * kRows + thread / kWarp * 16 + thread % kWarp / 4;
     const int channel = share / 2 * kGroup + thread % 4 * kVector + share % 2 * 4;
-    __half* const x = static_cast<__half*>(p.x) + static_cast<int64_t>(row) * Shape::kChannels +
-                      channel;
+    __half* const x =
+        static_cast<__half*>(p.x) + static_cast<int64_t>(row) * Shape::kChannels + channel;
     uint2 before[2] = {};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {

@@ -185,8 +185,9 @@ struct Products;
 #define SWINQ_R5 "%80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define SWINQ_R6 \
     "%96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
-#define SWINQ_R7 \
-    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
+#define SWINQ_R7                                                                                 \
+    "%112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, " \
+    "%127"
 #define SWINQ_R8 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define SWINQ_R16 SWINQ_R0
 #define SWINQ_R32 SWINQ_R16 ", " SWINQ_R1
@@ -208,39 +209,39 @@ struct Products;
 #define SWINQ_PRODUCT(n, form, sums, a, b, flag, tail)                                         \
     "{\n.reg .pred p;\nsetp.ne.b32 p, " flag ", 0;\nwgmma.mma_async.sync.aligned.m64n" #n form \
     " {" sums "}, " a ", " b ", p" tail ";\n}"
-#define SWINQ_PRODUCTS(n, sums, d_int, d_float, p0, p1, p2, p3, p4, p5)                            \
-    template <>                                                                                    \
-    struct Products<n> {                                                                           \
-        __device__ static __forceinline__ void s8(int(&d)[n / 2], uint64_t a, uint64_t b,          \
-                                                  int accumulate) {                                \
-            asm volatile(SWINQ_PRODUCT(n, "k32.s32.s8.s8", sums, p0, p1, p2, "")                   \
-                         : d_int                                                                   \
-                         : "l"(a), "l"(b), "r"(accumulate)                                         \
-                         : "memory");                                                              \
-        }                                                                                          \
-        __device__ static __forceinline__ void s8(int(&d)[n / 2], const uint32_t(&a)[4],           \
-                                                  uint64_t b, int accumulate) {                    \
-            asm volatile(SWINQ_PRODUCT(n, "k32.s32.s8.s8", sums,                                   \
-                                       "{" p0 ", " p1 ", " p2 ", " p3 "}", p4, p5, "")             \
-                         : d_int                                                                   \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)     \
-                         : "memory");                                                              \
-        }                                                                                          \
-        __device__ static __forceinline__ void f16(float(&d)[n / 2], uint64_t a, uint64_t b,       \
-                                                   int accumulate) {                               \
-            asm volatile(SWINQ_PRODUCT(n, "k16.f32.f16.f16", sums, p0, p1, p2, ", 1, 1, 0, 0")     \
-                         : d_float                                                                 \
-                         : "l"(a), "l"(b), "r"(accumulate)                                         \
-                         : "memory");                                                              \
-        }                                                                                          \
-        __device__ static __forceinline__ void f16(float(&d)[n / 2], const uint32_t(&a)[4],        \
-                                                   uint64_t b, int accumulate) {                   \
-            asm volatile(SWINQ_PRODUCT(n, "k16.f32.f16.f16", sums,                                 \
-                                       "{" p0 ", " p1 ", " p2 ", " p3 "}", p4, p5, ", 1, 1, 0")    \
-                         : d_float                                                                 \
-                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)     \
-                         : "memory");                                                              \
-        }                                                                                          \
+#define SWINQ_PRODUCTS(n, sums, d_int, d_float, p0, p1, p2, p3, p4, p5)                         \
+    template <>                                                                                 \
+    struct Products<n> {                                                                        \
+        __device__ static __forceinline__ void s8(int (&d)[n / 2], uint64_t a, uint64_t b,      \
+                                                  int accumulate) {                             \
+            asm volatile(SWINQ_PRODUCT(n, "k32.s32.s8.s8", sums, p0, p1, p2, "")                \
+                         : d_int                                                                \
+                         : "l"(a), "l"(b), "r"(accumulate)                                      \
+                         : "memory");                                                           \
+        }                                                                                       \
+        __device__ static __forceinline__ void s8(int (&d)[n / 2], const uint32_t (&a)[4],      \
+                                                  uint64_t b, int accumulate) {                 \
+            asm volatile(SWINQ_PRODUCT(n, "k32.s32.s8.s8", sums,                                \
+                                       "{" p0 ", " p1 ", " p2 ", " p3 "}", p4, p5, "")          \
+                         : d_int                                                                \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)  \
+                         : "memory");                                                           \
+        }                                                                                       \
+        __device__ static __forceinline__ void f16(float (&d)[n / 2], uint64_t a, uint64_t b,   \
+                                                   int accumulate) {                            \
+            asm volatile(SWINQ_PRODUCT(n, "k16.f32.f16.f16", sums, p0, p1, p2, ", 1, 1, 0, 0")  \
+                         : d_float                                                              \
+                         : "l"(a), "l"(b), "r"(accumulate)                                      \
+                         : "memory");                                                           \
+        }                                                                                       \
+        __device__ static __forceinline__ void f16(float (&d)[n / 2], const uint32_t (&a)[4],   \
+                                                   uint64_t b, int accumulate) {                \
+            asm volatile(SWINQ_PRODUCT(n, "k16.f32.f16.f16", sums,                              \
+                                       "{" p0 ", " p1 ", " p2 ", " p3 "}", p4, p5, ", 1, 1, 0") \
+                         : d_float                                                              \
+                         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate)  \
+                         : "memory");                                                           \
+        }                                                                                       \
     };
 
 // clang-format off

@@ -113,23 +113,21 @@ void gemm(const GemmArguments& g, const GemmTile*, cudaStream_t) {
         for (int c = 0; to_stream && g.out_scale && c < g.n; ++c) {
             y[size_t(c)] = rounded(y[size_t(c)], g.out_inverse[c], g.out_scale[c]);
         }
-        if (g.norm == Norm::kAfter) normalize(y, g.norm_gamma, g.norm_beta, g.norm_eps);
+        if (g.has_norm) normalize(y, g.norm_gamma, g.norm_beta, g.norm_eps);
         for (int64_t c = 0; c < g.n; ++c) {
             const int64_t at = m * g.n + c;
             if (g.output == Output::kResidual) y[size_t(c)] += load(g.stream, g.out, at);
             store(type, g.out, at, y[size_t(c)], type == Type::kInt8 ? g.out_inverse[c] : 0);
             if (to_stream) y[size_t(c)] = load(type, g.out, at);
         }
-        if (g.norm == Norm::kBefore) normalize(y, g.norm_gamma, g.norm_beta, g.norm_eps);
         for (int64_t c = 0; g.norm_operand && c < g.n; ++c) {
-            const float inverse = g.norm_type == Type::kInt8 ? g.norm_inverse[c] : 0;
-            store(g.norm_type, g.norm_operand, m * g.n + c, y[size_t(c)], inverse);
+            store(Type::kInt8, g.norm_operand, m * g.n + c, y[size_t(c)], g.norm_inverse[c]);
         }
     }
 }
 
 bool can_normalize(Type operand, int) {
-    return operand != Type::kFloat;
+    return operand == Type::kHalf;
 }
 GemmTile default_tile(const GemmArguments&) {
     return {0, 64, 64};

@@ -137,8 +137,8 @@ __global__ void layernorm_reference(const __half* x, const MlpArguments p, int8_
 __device__ int dot(const int8_t* a, const int8_t* b, int k) {
     int sum = 0;
     for (int i = 0; i < k; i += 4) {
-        sum = __dp4a(*reinterpret_cast<const int*>(a + i), *reinterpret_cast<const int*>(b + i),
-                     sum);
+        sum =
+            __dp4a(*reinterpret_cast<const int*>(a + i), *reinterpret_cast<const int*>(b + i), sum);
     }
     return sum;
 }
@@ -163,8 +163,7 @@ __global__ void fc2_reference(const int8_t* a, const int8_t* weight, const MlpAr
     if (at >= static_cast<int64_t>(p.m) * p.channels) return;
     const int64_t row = at / p.channels;
     const int c = static_cast<int>(at % p.channels);
-    const int acc =
-        dot(a + row * p.hidden, weight + static_cast<int64_t>(c) * p.hidden, p.hidden);
+    const int acc = dot(a + row * p.hidden, weight + static_cast<int64_t>(c) * p.hidden, p.hidden);
     float y = __fmaf_rn(__int2float_rn(acc), p.fc2_factor[c], p.fc2_bias[c]);
     if (p.out_scale != nullptr) {
         y = __fmul_rn(static_cast<float>(quantize(y, p.out_inverse[c])), p.out_scale[c]);
@@ -230,7 +229,9 @@ struct Problem {
     std::vector<__half> start;  // x, with guard rows
 };
 
-unsigned blocks_for(int64_t threads) { return static_cast<unsigned>(ceil_div(threads, 256)); }
+unsigned blocks_for(int64_t threads) {
+    return static_cast<unsigned>(ceil_div(threads, 256));
+}
 
 bool check_case(const Problem& problem, int m, bool rounded) {
     const int channels = problem.channels, hidden = problem.hidden;
@@ -293,8 +294,8 @@ bool check_invariance(const Problem& problem, int m) {
     const std::vector<__half> together = x.read();
     bool same = true;
     for (int row : {0, 1, m / 2, m - 1}) {
-        Array<__half> one(std::vector<__half>(all.begin() + row * row_size,
-                                              all.begin() + (row + 1) * row_size));
+        Array<__half> one(
+            std::vector<__half>(all.begin() + row * row_size, all.begin() + (row + 1) * row_size));
         mlp(problem.arguments(one.get(), 1, true), nullptr);
         same &= std::memcmp(one.read().data(), together.data() + row * row_size, 2 * row_size) == 0;
     }
