@@ -1,8 +1,8 @@
 // What a GEMM does with its accumulators before anything is written: csrc/NUMERICS.md, "Epilogues".
 //
 // The plan permutes the weight's rows so that the four n8 tiles of 32 columns give the thread with
-// t = lane % 4 the 8 neighbouring channels 8t ... 8t + 7: stores are 8 (codes) to 32 (fp32) bytes wide
-// and a v2 head is one quad of threads.
+// t = lane % 4 the 8 neighbouring channels 8t ... 8t + 7: stores are 8 (codes) to 32 (fp32) bytes
+// wide and a v2 head is one quad of threads.
 #pragma once
 
 #include "device.cuh"
@@ -49,8 +49,8 @@ __device__ __forceinline__ void load_channels(float (&values)[kChannels], const 
     values[4] = high.x, values[5] = high.y, values[6] = high.z, values[7] = high.w;
 }
 
-// Brings what an epilogue reads of the tile's columns near while the products are under way: constants, so
-// they need not wait for the kernel before. A line of 128 bytes a thread.
+// Brings what an epilogue reads of the tile's columns near while the products are under way:
+// constants, so they need not wait for the kernel before. A line of 128 bytes a thread.
 template <int kColumns>
 __device__ __forceinline__ void prefetch_channels(const EpilogueArguments& arguments, int column) {
     constexpr int kLines = (kColumns + 31) / 32;
@@ -65,8 +65,8 @@ __device__ __forceinline__ void prefetch_channels(const EpilogueArguments& argum
     }
 }
 
-// The same for the rows of the stream that a tile adds to; behind wait_for_predecessor(). kThreads threads
-// take kRows rows of kColumns halves.
+// The same for the rows of the stream that a tile adds to; behind wait_for_predecessor(). kThreads
+// threads take kRows rows of kColumns halves.
 template <int kRows, int kColumns, int kThreads>
 __device__ __forceinline__ void prefetch_stream(const EpilogueArguments& arguments, int row,
                                                 int column) {
@@ -75,8 +75,9 @@ __device__ __forceinline__ void prefetch_stream(const EpilogueArguments& argumen
     for (int i = threadIdx.x; i < kRows * kLines; i += kThreads) {
         const int r = row + i / kLines, c = column + i % kLines * 64;
         if (r < arguments.m && c < arguments.n) {
-            asm volatile("prefetch.global.L1 [%0];" ::"l"(static_cast<const __half*>(arguments.out) +
-                                                          static_cast<int64_t>(r) * arguments.n + c));
+            asm volatile(
+                "prefetch.global.L1 [%0];" ::"l"(static_cast<const __half*>(arguments.out) +
+                                                 static_cast<int64_t>(r) * arguments.n + c));
         }
     }
 }
@@ -153,8 +154,8 @@ __device__ __forceinline__ float linear(Accumulator sum, float factor, float bia
     }
 }
 
-// What a warp adds to of the fp16 stream, read before the products so that it need not be waited for behind
-// them: 16 rows of kColumns. Empty where a tile has no registers to spare.
+// What a warp adds to of the fp16 stream, read before the products so that it need not be waited
+// for behind them: 16 rows of kColumns. Empty where a tile has no registers to spare.
 template <int kColumns, bool kUsed>
 struct StreamRows {
     static __device__ __forceinline__ StreamRows load(const EpilogueArguments&, int, int) {
@@ -175,9 +176,9 @@ struct StreamRows<kColumns, true> {
             const int c = column + i / 2 * kGroup + lane % 4 * kChannels;
             rows.bits[i / 2][i % 2] = make_uint4(0, 0, 0, 0);
             if (r < arguments.m && c < arguments.n) {
-                rows.bits[i / 2][i % 2] = *reinterpret_cast<const uint4*>(
-                    static_cast<const __half*>(arguments.out) +
-                    static_cast<int64_t>(r) * arguments.n + c);
+                rows.bits[i / 2][i % 2] =
+                    *reinterpret_cast<const uint4*>(static_cast<const __half*>(arguments.out) +
+                                                    static_cast<int64_t>(r) * arguments.n + c);
             }
         }
         return rows;
@@ -242,7 +243,7 @@ struct Epilogue {
                     if constexpr (kRead) add_half(y, stream.bits[group][half]);
                     if (r < arguments.m && inside) {
                         write<kRead>(y, inverse, arguments.out,
-                              static_cast<int64_t>(r) * arguments.n + channel);
+                                     static_cast<int64_t>(r) * arguments.n + channel);
                     }
                 }
             }

@@ -31,7 +31,9 @@ void require(bool holds, const GemmArguments& g, const std::string& what) {
     if (!holds) throw Error(Error::kInvalidArgument, "gemm (" + text(g) + "): " + what);
 }
 
-bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
+bool aligned(const void* pointer) {
+    return reinterpret_cast<uintptr_t>(pointer) % 16 == 0;
+}
 
 void check(const GemmArguments& g) {
     require(g.m >= 0 && g.n > 0 && g.k > 0, g, "sizes must be positive");
@@ -39,12 +41,14 @@ void check(const GemmArguments& g) {
     require(g.k * size_of(g.operand) % 16 == 0, g,
             "rows of k must be multiples of 16 bytes; pad k with zeros");
     require(g.a && g.w && g.out && g.bias, g, "a, w, out and bias must not be null");
-    require(aligned(g.a) && aligned(g.w) && aligned(g.out), g, "a, w and out must be aligned to 16");
+    require(aligned(g.a) && aligned(g.w) && aligned(g.out), g,
+            "a, w and out must be aligned to 16");
     require(g.operand != Type::kInt8 || g.factor, g, "int8 operands need factor");
     require(g.output != Output::kCodes || g.out_inverse, g, "codes need out_inverse");
     require(!g.out_scale || g.out_inverse, g, "out_scale needs out_inverse");
     for (const float* vector : {g.factor, g.bias, g.out_inverse, g.out_scale}) {
-        require(aligned(vector), g, "factor, bias, out_inverse and out_scale must be aligned to 16");
+        require(aligned(vector), g,
+                "factor, bias, out_inverse and out_scale must be aligned to 16");
     }
     require(g.activation != Activation::kNormalize || g.n % (3 * kHeadDim) == 0, g,
             "normalized heads need n = 3 * heads * 32");
@@ -62,10 +66,11 @@ void check(const GemmArguments& g) {
     }
 }
 
-// How long the busiest multiprocessor takes with its tiles, in no unit: of each tile a start, for each slab
-// its bytes and its products, and an epilogue. Fitted on an H100 to the times of all layers of Swin-T,
-// B and L at batch 32 and of Swin-T at 1 and 8 (int8): the tiles that it picks take 3 % longer in sum
-// than the best ones. Short tiles hide less, wide ones leave room for one block a multiprocessor.
+// How long the busiest multiprocessor takes with its tiles, in no unit: of each tile a start, for
+// each slab its bytes and its products, and an epilogue. Fitted on an H100 to the times of all
+// layers of Swin-T, B and L at batch 32 and of Swin-T at 1 and 8 (int8): the tiles that it picks
+// take 3 % longer in sum than the best ones. Short tiles hide less, wide ones leave room for one
+// block a multiprocessor.
 double expected_time(const GemmArguments& g, const GemmTile& tile) {
     const int64_t tiles = ceil_div(g.m, tile.rows) * ceil_div(g.n, tile.columns);
     const auto rounds = static_cast<double>(ceil_div(tiles, multiprocessors()));
@@ -80,12 +85,12 @@ double expected_time(const GemmArguments& g, const GemmTile& tile) {
 }  // namespace
 
 [[noreturn]] void refuse_epilogue(const GemmArguments& g) {
-    throw Error(Error::kUnsupported,
-                "gemm (" + text(g) + "): no kernel for operand " +
-                    std::to_string(static_cast<int>(g.operand)) + ", activation " +
-                    std::to_string(static_cast<int>(g.activation)) + ", output " +
-                    std::to_string(static_cast<int>(g.output)) + ", stream " +
-                    std::to_string(static_cast<int>(g.stream)));
+    throw Error(Error::kUnsupported, "gemm (" + text(g) + "): no kernel for operand " +
+                                         std::to_string(static_cast<int>(g.operand)) +
+                                         ", activation " +
+                                         std::to_string(static_cast<int>(g.activation)) +
+                                         ", output " + std::to_string(static_cast<int>(g.output)) +
+                                         ", stream " + std::to_string(static_cast<int>(g.stream)));
 }
 
 [[noreturn]] void refuse_tile(const GemmArguments& g, const GemmTile& tile) {

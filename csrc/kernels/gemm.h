@@ -1,8 +1,8 @@
 // y = a w^T with everything that follows up to the next tensor in memory: csrc/NUMERICS.md, "GEMM".
 //
-// Weights come as the plan lays them out (engine/weights.h): rows of each group of 32 output channels
-// permuted so that a thread's accumulators are 8 neighbouring channels, and padded with zero rows to
-// a multiple of 32.
+// Weights come as the plan lays them out (engine/weights.h): rows of each group of 32 output
+// channels permuted so that a thread's accumulators are 8 neighbouring channels, and padded with
+// zero rows to a multiple of 32.
 #pragma once
 
 #include "types.h"
@@ -25,24 +25,24 @@ enum class Output : int {
 };
 
 struct GemmArguments {
-    Type operand;            // of a and w
-    Type stream;             // of `out` in kResidual and kStream: kHalf or kFloat
+    Type operand;  // of a and w
+    Type stream;   // of `out` in kResidual and kStream: kHalf or kFloat
     Activation activation;
     Output output;
-    const void* a;           // (m, k) row-major, 16-byte aligned
-    const void* w;           // (n padded to 32, k) in the plan's layout
-    void* out;               // (m, n); never overlaps a
-    const float* factor;     // (n): s8 only, y = fma(acc, factor[c], bias[c]); else y = acc + bias
-    const float* bias;       // (n)
+    const void* a;        // (m, k) row-major, 16-byte aligned
+    const void* w;        // (n padded to 32, k) in the plan's layout
+    void* out;            // (m, n); never overlaps a
+    const float* factor;  // (n): s8 only, y = fma(acc, factor[c], bias[c]); else y = acc + bias
+    const float* bias;    // (n)
     const float* out_inverse;  // (n): kCodes; or, with out_scale, the rounding of y to int8
     const float* out_scale;    // (n) or null: kResidual, kStream: y := quantize(y) * out_scale[c]
-    int m, n, k;             // k a multiple of 16 bytes, n of 8
+    int m, n, k;               // k a multiple of 16 bytes, n of 8
 
-    // v2: y := LayerNorm(y) before the output, and the codes of x for the layer that reads it next. Half
-    // operands, kResidual and kStream of a half stream, where can_normalize(n).
+    // v2: y := LayerNorm(y) before the output, and the codes of x for the layer that reads it next.
+    // Half operands, kResidual and kStream of a half stream, where can_normalize(n).
     bool has_norm;
-    const float* norm_gamma;    // (n)
-    const float* norm_beta;     // (n)
+    const float* norm_gamma;  // (n)
+    const float* norm_beta;   // (n)
     float norm_eps;
     int8_t* norm_operand;       // (m, n) or null: quantize(x)
     const float* norm_inverse;  // (n), with norm_operand

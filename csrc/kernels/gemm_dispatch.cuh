@@ -1,5 +1,6 @@
 // From the run-time description of a GEMM to the template that computes it. Each operand type and
-// instruction is compiled in a file of its own (gemm_mma_int8.cu, ...), so that they build in parallel.
+// instruction is compiled in a file of its own (gemm_mma_int8.cu, ...), so that they build in
+// parallel.
 #pragma once
 
 #include "epilogue.cuh"
@@ -70,13 +71,14 @@ void with_epilogue(const GemmArguments& g, Function function) {
     refuse_epilogue(g);
 }
 
-// Number of blocks for tiles of so many rows, so many side by side; throws where a grid cannot hold them.
+// Number of blocks for tiles of so many rows, so many side by side; throws where a grid cannot hold
+// them.
 inline unsigned grid_size(const GemmArguments& g, int rows, int64_t tiles_across) {
     const int64_t blocks = ceil_div(g.m, rows) * tiles_across;
     if (blocks > INT32_MAX) {
-        throw Error(Error::kInvalidArgument, "gemm: " + std::to_string(g.m) + " rows need " +
-                                                 std::to_string(blocks) +
-                                                 " blocks, more than a grid holds; use a smaller batch");
+        throw Error(Error::kInvalidArgument,
+                    "gemm: " + std::to_string(g.m) + " rows need " + std::to_string(blocks) +
+                        " blocks, more than a grid holds; use a smaller batch");
     }
     return static_cast<unsigned>(blocks);
 }

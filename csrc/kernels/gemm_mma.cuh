@@ -1,8 +1,8 @@
 // GEMM on mma.sync: every GPU from sm_75 on, and small problems on sm_90.
 //
-// A block computes kRows x kColumns; its warps split them. Slabs of 64 bytes of k flow through a ring
-// of shared memory stages (cp.async), from there by ldmatrix into fragments. Operands are addressed
-// in bytes, so int8 (k 32 a step), fp16 (16) and fp32 (8) share all of it.
+// A block computes kRows x kColumns; its warps split them. Slabs of 64 bytes of k flow through a
+// ring of shared memory stages (cp.async), from there by ldmatrix into fragments. Operands are
+// addressed in bytes, so int8 (k 32 a step), fp16 (16) and fp32 (8) share all of it.
 #pragma once
 
 #include "epilogue.cuh"
@@ -29,7 +29,8 @@ struct MmaTile {
 };
 
 // fp32 operands as three products of TF32 halves: x = big + small, small * small dropped. The error
-// is that of fp32 sums: TF32 products truncate what they add to, so they start from zero. sm_75 has no TF32: the quad and column lanes exchange values instead.
+// is that of fp32 sums: TF32 products truncate what they add to, so they start from zero. sm_75 has
+// no TF32: the quad and column lanes exchange values instead.
 __device__ __forceinline__ void mma_f32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0,
                                         uint32_t b1) {
 #if __CUDA_ARCH__ >= 800
@@ -83,8 +84,8 @@ __device__ __forceinline__ void mma(Accumulator (&c)[4], const uint32_t (&a)[4],
     }
 }
 
-// Byte offset of 16-byte chunk `chunk` of a row: rows of 64 bytes, chunks permuted so that eight rows
-// of one chunk lie in eight different bank groups.
+// Byte offset of 16-byte chunk `chunk` of a row: rows of 64 bytes, chunks permuted so that eight
+// rows of one chunk lie in eight different bank groups.
 __device__ __forceinline__ int slab_offset(int row, int chunk) {
     return row * 64 + ((chunk ^ (row >> 1 & 3)) << 4);
 }

@@ -1,10 +1,11 @@
 // GEMM on wgmma, sm_90 only: the copy engine fills a ring of shared memory stages (128 bytes of k
 // each), warpgroups of 64 rows multiply from there, both operands read in place.
 //
-// Small products of Swin have few slabs and long epilogues, so blocks do not specialise warps: several
-// blocks share a multiprocessor, and one block's epilogue runs beside another's products. Tried and lost on
-// an H100: a warp that only loads (it takes a quarter of the registers), and clusters whose blocks share
-// a's rows by multicast (they wait for each other longer than L2 would have taken).
+// Small products of Swin have few slabs and long epilogues, so blocks do not specialise warps:
+// several blocks share a multiprocessor, and one block's epilogue runs beside another's products.
+// Tried and lost on an H100: a warp that only loads (it takes a quarter of the registers), and
+// clusters whose blocks share a's rows by multicast (they wait for each other longer than L2 would
+// have taken).
 #pragma once
 
 #include <algorithm>
@@ -30,7 +31,8 @@ struct WgmmaTile {
     static int shared_bytes(int stages) { return stages * kStageBytes + 1024; }
 };
 
-// A box of the map (slab_map: 128 bytes a row) from byte `k` and row `row` on; completes on `barrier`.
+// A box of the map (slab_map: 128 bytes a row) from byte `k` and row `row` on; completes on
+// `barrier`.
 __device__ __forceinline__ void copy_box(uint32_t shared, const CUtensorMap* map, uint32_t barrier,
                                          int k, int row) {
     asm volatile(
@@ -62,8 +64,8 @@ __device__ __forceinline__ bool is_last(uint32_t counter) {
     return before % kWarpgroups == kWarpgroups - 1;
 }
 
-// A tile of a product. Those of the same rows are neighbours, so that they share a in L2; a block takes
-// every gridDim.x-th.
+// A tile of a product. Those of the same rows are neighbours, so that they share a in L2; a block
+// takes every gridDim.x-th.
 template <typename Tile>
 struct Place {
     int tile, row, column;
@@ -89,8 +91,8 @@ struct Cursor {
     }
 };
 
-// What keeps the ring full: slabs of this block's tiles, one tile's after the other's, so that a tile's
-// first slabs arrive during the epilogue of the one before.
+// What keeps the ring full: slabs of this block's tiles, one tile's after the other's, so that a
+// tile's first slabs arrive during the epilogue of the one before.
 template <typename Tile>
 class Pipeline {
   public:
@@ -231,7 +233,8 @@ int stages_for(int k_bytes) {
 
 // Blocks of a kernel that fit into the device at once; asked once for each number of stages.
 template <typename Tile>
-unsigned resident_blocks(const void* kernel, int stages, std::atomic<int> (&known)[Tile::kStages + 1]) {
+unsigned resident_blocks(const void* kernel, int stages,
+                         std::atomic<int> (&known)[Tile::kStages + 1]) {
     int blocks = known[stages].load(std::memory_order_relaxed);
     if (blocks == 0) {
         const int bytes = Tile::shared_bytes(stages);

@@ -6,9 +6,9 @@ namespace swinq {
 
 namespace {
 
-// Measured on an H100: in v2, with fp16 operands and rows of up to 512, the norm in the epilogue spares
-// more than its clusters cost (batch 32: 10 %). With wider rows, with int8, whose products are short and
-// whose y is written as codes, and in v1 a kernel of its own wins.
+// Measured on an H100: in v2, with fp16 operands and rows of up to 512, the norm in the epilogue
+// spares more than its clusters cost (batch 32: 10 %). With wider rows, with int8, whose products
+// are short and whose y is written as codes, and in v1 a kernel of its own wins.
 constexpr int kMostColumns = 512;
 
 // Columns of a tile, the same for every batch; 0: no kernel.
@@ -31,9 +31,9 @@ void launch_norm(const GemmArguments& g, cudaStream_t stream) {
                                 g.norm_operand,
                                 g.norm_eps,
                                 g.output == Output::kResidual};
-    launch_clusters(blocks, gemm_norm_kernel<Tile>,
-                    dim3(grid_size(g, Tile::kRows, blocks)), dim3(Tile::kThreads),
-                    Tile::shared_bytes(stages), stream, slab_map(g.a, g.m, k_bytes, Tile::kRows),
+    launch_clusters(blocks, gemm_norm_kernel<Tile>, dim3(grid_size(g, Tile::kRows, blocks)),
+                    dim3(Tile::kThreads), Tile::shared_bytes(stages), stream,
+                    slab_map(g.a, g.m, k_bytes, Tile::kRows),
                     slab_map(g.w, g.n, k_bytes, Tile::kColumns), k_bytes, stages, blocks, norm);
 }
 

@@ -1,8 +1,8 @@
-// A GEMM of fp16 operands into the residual stream together with a LayerNorm over its rows, sm_90 only: csrc/NUMERICS.md,
-// "Norm in the epilogue". It spares a pass over the stream and a launch.
+// A GEMM of fp16 operands into the residual stream together with a LayerNorm over its rows, sm_90
+// only: csrc/NUMERICS.md, "Norm in the epilogue". It spares a pass over the stream and a launch.
 //
-// The blocks of a row of tiles form a cluster. Each finds mean and sum of squared deviations of its own
-// columns, all from registers; they exchange them through distributed shared memory and combine
+// The blocks of a row of tiles form a cluster. Each finds mean and sum of squared deviations of its
+// own columns, all from registers; they exchange them through distributed shared memory and combine
 // them in a fixed order (Chan, Golub, LeVeque 1983). The width of a tile depends on n alone, so a
 // row's bits do not depend on the batch.
 #pragma once
@@ -23,22 +23,11 @@ struct NormArguments {
     bool residual;  // add to the stream
 };
 
+// Into the same place in block `rank` of the cluster.
 __device__ __forceinline__ void store_remote(uint32_t shared, int rank, float2 value) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "st.shared::cluster.v2.f32 [remote], {%2, %3};\n"
-        "}" ::"r"(shared),
-        "r"(rank), "f"(value.x), "f"(value.y)
-        : "memory");
-}
-
-__device__ __forceinline__ void sync_cluster() {
-    asm volatile(
-        "barrier.cluster.arrive.release.aligned;\n"
-        "barrier.cluster.wait.acquire.aligned;" ::
-            : "memory");
+    asm volatile("st.shared::cluster.v2.f32 [%0], {%1, %2};" ::"r"(remote_address(shared, rank)),
+                 "f"(value.x), "f"(value.y)
+                 : "memory");
 }
 
 template <typename Tile>
@@ -49,6 +38,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     constexpr int kGroups = Tile::kColumns / kGroup;
     __shared__ float2 s_moments[kMostBlocksInCluster][Tile::kRows];
     const EpilogueArguments& epilogue = norm.epilogue;
+    if (blocks > 1) arrive_at_cluster();
     Pipeline<Tile> pipeline(map_a, map_w, epilogue.m, epilogue.n, k_bytes, stages);
     const Place<Tile> place(blockIdx.x, pipeline.tiles_across());
     prefetch_channels<Tile::kColumns>(epilogue, place.column);
@@ -108,6 +98,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
     }
     if (blocks > 1) {
         const int rank = static_cast<int>(blockIdx.x) % blocks;
+        wait_for_cluster();  // all its blocks have started
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint32_t to = shared_address(&s_moments[rank][local_row + half * 8]);
@@ -115,7 +106,8 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
                 store_remote(to, peer, make_float2(mean[half], scale[half]));
             }
         }
-        sync_cluster();
+        arrive_at_cluster();
+        wait_for_cluster();  // all moments are here
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             float means = 0, squares = 0;

@@ -1,7 +1,7 @@
-// The int8 GEMM for few rows and many channels, sm_90 only: four warpgroups share a tile of 64 x 64, each
-// takes every fourth slab of k through a ring of its own, and their sums are added. Integers have no
-// order, so the bits are those of the other kernels. At batch 1 most multiprocessors have no tile at
-// all and what counts is how long one tile takes.
+// The int8 GEMM for few rows and many channels, sm_90 only: four warpgroups share a tile of 64 x
+// 64, each takes every fourth slab of k through a ring of its own, and their sums are added.
+// Integers have no order, so the bits are those of the other kernels. At batch 1 most
+// multiprocessors have no tile at all and what counts is how long one tile takes.
 #pragma once
 
 #include "gemm_wgmma.cuh"
@@ -14,7 +14,8 @@ struct SplitTile {
     static constexpr int kSlab = 128;  // bytes of k
     static constexpr int kBytesA = kRows * kSlab, kStageBytes = (kRows + kColumns) * kSlab;
     static constexpr int kSharedBytes = kWarpgroups * kStages * kStageBytes + 1024;
-    static constexpr int kLeastSlabs = 2 * kWarpgroups;  // below, the addition costs more than it spares
+    static constexpr int kLeastSlabs =
+        2 * kWarpgroups;  // below, the addition costs more than it spares
 };
 
 template <typename Epilogue>

@@ -34,10 +34,9 @@ class NormedProblem {
         g.norm_eps = kEps, g.norm_operand = operand_.as<int8_t>();
         g.norm_inverse = inverse_.get();
         operand_.poison(count);
-        const std::string label = std::string(adds ? "residual " : "stream ") +
-                                  describe(gemm_, rows, nullptr);
-        Tally* x_tally =
-            group.run(label, values(0x1p-16), [&] { gemm(g, nullptr, nullptr); });
+        const std::string label =
+            std::string(adds ? "residual " : "stream ") + describe(gemm_, rows, nullptr);
+        Tally* x_tally = group.run(label, values(0x1p-16), [&] { gemm(g, nullptr, nullptr); });
         if (!x_tally) return;
         // y itself by the GEMM without a norm, which other groups judge
         gemm(gemm_.arguments(Activation::kNone, Output::kFloat, rows, y_.get()), nullptr, nullptr);
