@@ -120,6 +120,27 @@ void compare_mlp(Group& group, const Mlp& mlp_case, int m, bool rounded) {
     wanted.check_guards(tally);
 }
 
+// The first rows alone, which the kernel for few rows may take, and among many.
+void compare_alone(Group& group, const Mlp& mlp_case, int alone, int many, bool rounded) {
+    const int64_t row_bytes = static_cast<int64_t>(mlp_case.channels) * 2;
+    const auto before = random_stream(Type::kHalf, many, mlp_case.channels, next_seed());
+    GuardedBuffer x(alone * row_bytes), all(many * row_bytes);
+    x.poison(alone * row_bytes);
+    all.poison(many * row_bytes);
+    must(cudaMemcpyAsync(x.get(), before.get(), alone * row_bytes, cudaMemcpyDeviceToDevice),
+         "rows alone");
+    must(cudaMemcpyAsync(all.get(), before.get(), many * row_bytes, cudaMemcpyDeviceToDevice),
+         "all rows");
+    const std::string label = "m " + std::to_string(alone) + " among " + std::to_string(many) +
+                              " channels " + std::to_string(mlp_case.channels) +
+                              (rounded ? " rounded" : "");
+    Tally* tally = group.run(label, exact(), [&] {
+        mlp(mlp_case.fused(x.get(), alone, rounded), nullptr);
+        mlp(mlp_case.fused(all.get(), many, rounded), nullptr);
+    });
+    if (tally) compare_bits(x.get(), all.get(), alone * row_bytes, 2, tally);
+}
+
 }  // namespace
 
 void mlp_suite(Report& report) {
@@ -135,6 +156,17 @@ void mlp_suite(Report& report) {
             }
         }
         if (!mlp_supported(96, 384)) group.check(true, "no fused MLP on this GPU", "");
+    });
+    report.group("same bits, fused mlp", 40, [&](Group& group) {
+        for (int channels : {96, 128, 192}) {
+            if (!mlp_supported(channels, 4 * channels) || quick) continue;
+            const Mlp mlp_case(channels, 4 * channels);
+            for (int alone : {1, 49, 784, 3136}) {
+                for (bool rounded : {false, true}) {
+                    compare_alone(group, mlp_case, alone, 50176, rounded);
+                }
+            }
+        }
     });
 }
 
