@@ -60,14 +60,6 @@ __device__ __forceinline__ void load_matrices(uint32_t (&r)[4], uint32_t shared)
                  : "memory");
 }
 
-// The same, each matrix of 2-byte elements transposed.
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&r)[4], uint32_t shared) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared)
-                 : "memory");
-}
-
 // 8 or 16 bytes that no other thread of this multiprocessor reads: L1 keeps no copy.
 __device__ __forceinline__ void load_once(uint32_t (&r)[2], const void* global) {
     asm volatile("ld.global.L1::no_allocate.v2.u32 {%0, %1}, [%2];"

@@ -1,5 +1,5 @@
 // What only Hopper (sm_90a) has, by name: products of a warpgroup (wgmma), barriers in shared
-// memory, bulk copies, and moving registers between warpgroups.
+// memory, bulk copies and clusters.
 //
 // An operand in shared memory is a slab: rows of 128 bytes of k, swizzled, first byte aligned to
 // 1024. Byte b of row r lies at swizzle_128(128 * r + b). One product takes 32 bytes of k, so a
@@ -92,26 +92,6 @@ __device__ __forceinline__ void copy_bulk(uint32_t shared, const void* global, u
         "[%0], [%1], %2, [%3];" ::"r"(shared),
         "l"(global), "r"(bytes), "r"(barrier)
         : "memory");
-}
-
-// Orders this thread's ordinary accesses to shared memory before later ones by products and copies.
-__device__ __forceinline__ void fence_async_proxy() {
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-
-// A barrier of some of the block's warps; 0 is __syncthreads()'s.
-__device__ __forceinline__ void sync_threads(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
-// Every warp of a warpgroup must call these; kRegisters is a multiple of 8 from 24 to 256.
-template <int kRegisters>
-__device__ __forceinline__ void take_registers() {
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void give_registers() {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // ---- clusters ----
