@@ -8,6 +8,7 @@ ranks. (Intel's MKL needs MKL_CBWR=AUTO,STRICT for that, which `import swinq` se
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -108,6 +109,43 @@ def calibrate(
     for quantizer in collected.quantizers.values():
         broadcast_(quantizer.amax)
     return result
+
+
+@torch.no_grad()
+def measure_residual(model: nn.Module, images: Iterable[Tensor]) -> dict[str, float]:
+    """The largest magnitude of each write to the residual stream, of a model as it now computes.
+
+    Weights that have been finetuned reach other values than those that were calibrated.
+
+    Args:
+        model: put into eval mode. images: this rank's share, (3, S, S) fp32 each.
+
+    Raises:
+        CalibrationError: a value is NaN or infinite; the first write of that kind is named.
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    streams = stream_modules(model)
+    observers = {name: MaxObserver(None, None, device) for name in streams}
+    hooks = [
+        module.register_forward_hook(partial(_show_output, observers[name]))
+        for name, module in streams.items()
+    ]
+    try:
+        for image in images:
+            model(image.unsqueeze(0).to(device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    for observer in observers.values():
+        observer.reduce()
+    found = {name: float(observer.peak) for name, observer in observers.items()}
+    for name, peak in found.items():
+        if not math.isfinite(peak):
+            raise CalibrationError(
+                f"{name} saw {peak} in the calibration images", "train with a lower rate"
+            )
+    return found
 
 
 def _image_counts(mine: int) -> list[int]:

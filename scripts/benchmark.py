@@ -8,9 +8,13 @@ Peers are timm's models on PyTorch: eager, a CUDA graph, jit.trace, torch.compil
 All classify, all take fp16 images that lie on the GPU, all have random weights. Times are medians
 of CUDA-event times, with a warm and with a flushed L2 cache.
 
-Models compile side by side in processes of their own, and wait for each other to measure. What the
-file holds already is not measured again, so a call that was cut short is simply repeated; failures
-are kept with their error and tried again.
+Models compile side by side in processes of their own. When all that were started together are
+ready, they are timed one after the other, with nothing else on the GPU or the host. What the file
+holds already is not measured again, so a call that was cut short is simply repeated; failures are
+kept with their error and tried again. To measure some rows anew, in place of those in the file:
+
+    python scripts/benchmark.py --json benchmarks/latency-nvidia-h100.json --again \
+        --models swin_large_patch4_window7_224 --peers compile --ours --batches 32
 """
 
 from __future__ import annotations
@@ -49,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--peers", nargs="*", choices=PEERS, help="none after it: no peer")
     made.add_argument("--ours", nargs="*", choices=OURS, help="none after it: not ours")
     made.add_argument("--json", type=Path, help="raw results, added to what is there")
+    made.add_argument("--again", action="store_true", help="measure what the file holds, too")
     made.add_argument("--tables", nargs="+", type=Path, metavar="PAGE", help="write them, no GPU")
     made.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) - 3))
     made.add_argument("--minutes", type=float, help="stop after so long; repeat to go on")
@@ -62,9 +67,8 @@ def parser() -> argparse.ArgumentParser:
 def measure(args: argparse.Namespace, record: Record) -> int:
     """Measure what is asked for and not yet in the record."""
     started = time.monotonic()
-    todo = tasks(
-        find_models(args.models), args.peers, args.ours, args.batches, have=record.measured()
-    )
+    have = set() if args.again else record.measured()
+    todo = tasks(find_models(args.models), args.peers, args.ours, args.batches, have=have)
     if args.list:
         for task in todo:
             batches = ", ".join(map(str, task.batches))

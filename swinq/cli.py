@@ -15,13 +15,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from swinq import __version__, config_files, console, distributed
+from swinq import __version__, config_files, console, distributed, schema
 from swinq import config as configuration
 from swinq.config import Config
 from swinq.errors import ConfigError, SwinqError
 from swinq.flags import DATA_ACTIONS, FLAGS, Flag, parse
 
 EXIT_MISTAKE, EXIT_INTERRUPTED = 2, 130
+ANCESTORS_SCALE = 1000.0  # from here on a distillation scale can only be meant for its loss
 ECHO_DELAY_S = 1.5  # torchrun has stopped the other ranks by then, if rank 0 failed the same way
 
 
@@ -47,7 +48,10 @@ def resolve(args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
             continue
         _check_text(flag, value)
         for key in flag.keys:
-            configuration.put(config, key, value, f"--{flag.name}")
+            written = flag.sets if flag.metavar is None else value
+            configuration.put(config, key, written, f"--{flag.name}")
+    if args.action == "train":
+        _complete_training(config)
     _use_local_rank(args.local_rank)
     if args.action:
         _check_model_and_data(config, args)
@@ -57,11 +61,17 @@ def resolve(args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
 
 
 def unused(args: argparse.Namespace) -> list[str]:
-    """The flags given that do nothing for this action."""
-    return [
+    """The flags and keys given that do nothing for this action."""
+    flags = [
         f"--{flag.name}"
         for flag in FLAGS.values()
         if getattr(args, flag.name.replace("-", "_")) and args.action not in (*flag.actions, "")
+    ]
+    keys = (args.opts or [])[::2] if args.action not in ("train", "") else []
+    return flags + [
+        f"--opts {key}"
+        for key in keys
+        if any(configuration.under(key, section) for section in schema.TRAINING)
     ]
 
 
@@ -94,6 +104,13 @@ def _main(argv: Sequence[str]) -> int:
     console.say(configuration.describe(config, origins))
     for name in unused(args):
         console.say(f"note: {name} changes nothing for --{args.action}", "warning")
+    if args.action == "train" and config.QAT.DISTILL.SCALE >= ANCESTORS_SCALE:
+        scale = config.QAT.DISTILL.SCALE
+        console.say(
+            f"note: a distillation scale of {scale:g} is the ancestor's, whose loss was a mean "
+            f"over batch and 1000 classes without T^2; the same weight is {scale / 9000:.2g} here",
+            "warning",
+        )
     if config.DEMO:
         console.say(
             "demo: the shipped micro-Swin on scikit-learn's handwritten digits, as no model and no "
@@ -126,9 +143,13 @@ def _run(action: str, config: Config) -> int:
     try:
         ended = record(work)() if "TORCHELASTIC_ERROR_FILE" in os.environ else work()
     except (torch.OutOfMemoryError, MemoryError) as error:
+        fix = f"use --batch-size {max(config.DATA.BATCH_SIZE // 2, 1)}"
+        if action == "train":
+            fix += (
+                f" --accumulation-steps {2 * config.TRAIN.ACCUMULATION_STEPS}, or --use-checkpoint"
+            )
         raise SwinqError(
-            f"out of memory with {config.DATA.BATCH_SIZE} images a step on {config.DEVICE}",
-            f"use --batch-size {max(config.DATA.BATCH_SIZE // 2, 1)}",
+            f"out of memory with {config.DATA.BATCH_SIZE} images a step on {config.DEVICE}", fix
         ) from error
     if isinstance(ended, SwinqError):
         raise ended
@@ -177,6 +198,17 @@ def _check_text(flag: Flag, value: str | bool) -> None:
             f"--{flag.name} is '{value}', wanted {' or '.join(flag.choices)}",
             f"--{flag.name} {flag.choices[0]}",
         )
+
+
+def _complete_training(config: Config) -> None:
+    """States what --train means where nothing else says it."""
+    distill = config.QAT.DISTILL
+    if distill.TEACHER and "QAT.DISTILL.ENABLED" not in config.origins:
+        configuration.put(
+            config, "QAT.DISTILL.ENABLED", True, config.origins["QAT.DISTILL.TEACHER"]
+        )
+    if not config.INT8.MODE:  # weights and ranges are trained for one form
+        configuration.put(config, "INT8.MODE", 1, "--train")
 
 
 def _names_nothing(args: argparse.Namespace) -> bool:
@@ -250,6 +282,8 @@ def _check_agreement(config: Config, args: argparse.Namespace) -> None:
                 f"{config.CALIB.METHOD}",
                 "leave --percentile out, or use --calibrator percentile",
             )
+    if args.action == "train":
+        _check_training(config)
     for key in ("DATA.ZIP_MODE", "DATA.CACHE_MODE"):
         if origins.get(key, "").startswith("--") and configuration.is_embedded(
             config.DATA.DATA_PATH
@@ -258,3 +292,24 @@ def _check_agreement(config: Config, args: argparse.Namespace) -> None:
                 f"{origins[key]} is given, but the data '{config.DATA.DATA_PATH}' lie in no zip",
                 "leave it out, or give --data-path FOLDER",
             )
+
+
+def _check_training(config: Config) -> None:
+    """Refuses training that contradicts itself."""
+    origins, distill = config.origins, config.QAT.DISTILL
+    if config.TRAIN.OPTIMIZER.NAME != "adamw":
+        raise ConfigError(
+            f"the optimizer is {config.TRAIN.OPTIMIZER.NAME} "
+            f"({origins.get('TRAIN.OPTIMIZER.NAME', 'set in Python')}), and QAT has adamw",
+            "--optim adamw",
+        )
+    if not distill.ENABLED:
+        stated = [key for key in origins if configuration.under(key, "QAT.DISTILL")]
+        typed = [origins[key] for key in stated if origins[key].startswith("--")]
+        if typed:
+            raise ConfigError(f"{typed[0]} is given, but nothing is distilled", "add --distill")
+    elif not distill.LABEL_SCALE + distill.SCALE + distill.FEATURES:
+        raise ConfigError(
+            "QAT.DISTILL.SCALE, LABEL_SCALE and FEATURES are all 0: there is nothing to learn from",
+            "leave them at their defaults",
+        )

@@ -1,4 +1,4 @@
-"""The configuration: every key and its default, files, overrides, and where each value came from.
+"""The configuration: files, overrides, and where each value came from; defaults.py has the keys.
 
 The keys of the official Swin files keep their names, so those files load as they are, training
 sections included. A value enters by `put` alone, which has it converted and checked (schema.py) and
@@ -20,124 +20,8 @@ import yaml
 from yacs.config import CfgNode
 
 from swinq import config_files, schema
+from swinq.defaults import DEFAULTS, RECIPE_SECTIONS
 from swinq.errors import ConfigError
-
-RECIPE_SECTIONS = ("QUANT", "CALIB", "INT8")
-
-_SWIN = {
-    "PATCH_SIZE": 4,
-    "IN_CHANS": 3,
-    "EMBED_DIM": 96,
-    "DEPTHS": [2, 2, 6, 2],
-    "NUM_HEADS": [3, 6, 12, 24],
-    "WINDOW_SIZE": 7,
-    "MLP_RATIO": 4.0,
-    "QKV_BIAS": True,
-    "APE": False,  # absolute position embedding: refused
-    "PATCH_NORM": True,
-}
-
-DEFAULTS: dict[str, Any] = {
-    "DATA": {
-        "BATCH_SIZE": 64,  # images a step in evaluation and training, on each rank
-        "DATA_PATH": "",
-        "DATASET": "imagenet",
-        "IMG_SIZE": 224,
-        "INTERPOLATION": "bicubic",
-        "ZIP_MODE": False,
-        "CACHE_MODE": "part",
-        "PIN_MEMORY": True,
-        "NUM_WORKERS": -1,  # -1: as many as there are cores for this rank, at most 8
-    },
-    "MODEL": {
-        "TYPE": "swin",
-        "VERSION": 0,  # what --version claims: 1, 2, or 0 for no claim
-        "NAME": "swin_tiny_patch4_window7_224",
-        "PRETRAINED": "",
-        "RESUME": "",
-        "NUM_CLASSES": 1000,
-        "DROP_RATE": 0.0,
-        "DROP_PATH_RATE": 0.1,
-        "LABEL_SMOOTHING": 0.1,
-        "SWIN": {**_SWIN, "QK_SCALE": None},
-        "SWINV2": {**_SWIN, "PRETRAINED_WINDOW_SIZES": [0, 0, 0, 0]},
-    },
-    "QUANT": {
-        "NAME": "int8",  # the recipe's name; a recipe file that has none is called by its own
-        "WEIGHT": {"GRANULARITY": "per_channel"},
-        # MIGRATION: exponents of the scale vector over input channels to choose from; [] = none
-        "INPUT": {"GRANULARITY": "per_tensor", "MIGRATION": [0.25, 0.5, 0.75, 1.0]},
-        "OUTPUT": {
-            "GRANULARITY": "per_channel",
-            "LAYERS": ["proj", "fc2", "reduction"],
-            "POSITION": "after_bias",
-            "HEADROOM": 1.1,
-            "METHOD": "max",
-        },
-        "ATTENTION": {"PROBABILITIES": "row_max"},
-        "BIAS_CORRECTION": True,
-        "ALLOW_DEAD": [],  # patterns of layers whose tensors may be all zero
-        "LAYERS": [],  # {PATTERN: "layers.3.*", PRECISION: fp16}, in order; the later one wins
-    },
-    "CALIB": {
-        "NUM_BATCHES": 10,
-        "BATCH_SIZE": 8,
-        "SEED": 0,
-        "METHOD": "percentile",
-        "PERCENTILE": 99.99,
-        "OUTPUT_PATH": "",  # where the calibrated and exported files go; empty: the run's folder
-    },
-    "INT8": {"MODE": 0},  # 1, 2, or 0: what the checkpoint says, and both when --calib exports
-    "EVAL": {"TRANSFORM": "official", "IMAGES": 0},  # IMAGES: a seeded sample; 0 = all
-    "REPORT": {"SENSITIVITY_IMAGES": 16, "LATENCY_BATCH": 1, "TENSORBOARD": True},
-    "TRAIN": {
-        "START_EPOCH": 0,
-        "EPOCHS": 300,
-        "WARMUP_EPOCHS": 20,
-        "WEIGHT_DECAY": 0.05,
-        "BASE_LR": 5e-4,
-        "WARMUP_LR": 5e-7,
-        "MIN_LR": 5e-6,
-        "CLIP_GRAD": 5.0,
-        "AUTO_RESUME": True,
-        "ACCUMULATION_STEPS": 1,
-        "USE_CHECKPOINT": False,
-        "LAYER_DECAY": 1.0,
-        "LR_SCHEDULER": {
-            "NAME": "cosine",
-            "DECAY_EPOCHS": 30,
-            "DECAY_RATE": 0.1,
-            "WARMUP_PREFIX": True,
-            "GAMMA": 0.1,
-            "MULTISTEPS": [],
-        },
-        "OPTIMIZER": {"NAME": "adamw", "EPS": 1e-8, "BETAS": [0.9, 0.999], "MOMENTUM": 0.9},
-    },
-    "AUG": {
-        "COLOR_JITTER": 0.4,
-        "AUTO_AUGMENT": "rand-m9-mstd0.5-inc1",
-        "REPROB": 0.25,
-        "REMODE": "pixel",
-        "RECOUNT": 1,
-        "MIXUP": 0.8,
-        "CUTMIX": 1.0,
-        "CUTMIX_MINMAX": None,
-        "MIXUP_PROB": 1.0,
-        "MIXUP_SWITCH_PROB": 0.5,
-        "MIXUP_MODE": "batch",
-    },
-    "TEST": {"CROP": True, "SEQUENTIAL": False, "SHUFFLE": False},
-    "DIST": {"TIMEOUT": 600},  # seconds a rank may keep the others waiting
-    "AMP_ENABLE": True,
-    "DEMO": False,
-    "DEVICE": "auto",
-    "ENGINE": "auto",  # what runs INT8: cuda (libswinq), reference, or auto: cuda where it can
-    "OUTPUT": "output",
-    "TAG": "default",
-    "SAVE_FREQ": 1,
-    "PRINT_FREQ": 10,
-    "SEED": 0,
-}
 
 
 class Config(CfgNode):
@@ -214,14 +98,14 @@ def merge_file(config: Config, path: Path) -> None:
 
 
 def merge_recipe(config: Config, path: Path) -> None:
-    """Merges a quantization recipe: a YAML file with QUANT and, if it likes, CALIB and INT8."""
+    """Merges a quantization recipe: a YAML file with QUANT and perhaps CALIB, INT8, QAT."""
     tree = config_files.read(path)
     other = [name for name in tree if name not in RECIPE_SECTIONS]
     if other or "QUANT" not in tree:
         what = f"holds {other[0]}" if other else "has no QUANT section"
         raise ConfigError(
             f"{path} is not a recipe: it {what}",
-            f"a recipe has QUANT and perhaps CALIB or INT8; {config_files.shipped_list('recipe')}",
+            f"it has QUANT and perhaps CALIB, INT8, QAT; {config_files.shipped_list('recipe')}",
         )
     origin = f"recipe {path.stem}"
     put(config, "QUANT.NAME", path.stem, origin)
@@ -236,10 +120,10 @@ def merge_pairs(config: Config, pairs: list[str]) -> None:
             "write pairs: --opts CALIB.PERCENTILE 99.9 TAG second",
         )
     for key, text in zip(pairs[::2], pairs[1::2], strict=True):
-        if key == "BASE" or any(_under(key, foreign) for foreign in schema.FOREIGN):
+        if key == "BASE" or any(under(key, foreign) for foreign in schema.FOREIGN):
             raise ConfigError(f"--opts {key} would decide nothing here", "leave it out")
         for idle, why in schema.IDLE.items():
-            if key in _DEFAULT_OF and _under(key, idle):
+            if key in _DEFAULT_OF and under(key, idle):
                 raise ConfigError(f"--opts {key} {why}", "leave it out")
         put(config, key, text, "--opts")
 
@@ -248,6 +132,11 @@ def is_embedded(data_path: str) -> bool:
     """Whether a data path names data that need no files: "digits", "fake" or "fake:N"."""
     name, colon, count = data_path.partition(":")
     return data_path == "digits" or (name == "fake" and (not colon or count.isdecimal()))
+
+
+def under(key: str, section: str) -> bool:
+    """Whether a key is a section or key itself, or lies below it."""
+    return key == section or key.startswith(section + ".")
 
 
 def describe(config: Config, origins: Mapping[str, str]) -> str:
@@ -387,10 +276,6 @@ def _sections(tree: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
 
 
 _SECTIONS = frozenset(_sections(DEFAULTS))
-
-
-def _under(key: str, section: str) -> bool:
-    return key == section or key.startswith(section + ".")
 
 
 def _plain(value: Any) -> Any:

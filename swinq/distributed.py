@@ -43,7 +43,7 @@ def is_main() -> bool:
     return rank() == 0
 
 
-def loader_processes(stated: int, limit: int = 8) -> int:
+def loader_processes(stated: int, limit: int = 16) -> int:
     """The processes that load images for this rank.
 
     Args:

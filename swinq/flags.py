@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from swinq import __version__
-from swinq.config import DEFAULTS, leaves
+from swinq.config import leaves
+from swinq.defaults import DEFAULTS
 from swinq.errors import ConfigError
 
 ACTIONS = {
@@ -17,7 +18,7 @@ ACTIONS = {
     "eval": "top-1 and top-5 of a checkpoint: float, calibrated or INT8",
     "export": "write the INT8 checkpoint of a calibrated one",
     "throughput": "images per second and latency",
-    "train": "finetune with fake quantizers (not in this version)",
+    "train": "calibrate, finetune with fake quantizers, export and judge like --calib",
 }
 
 
@@ -26,14 +27,17 @@ class Flag:
     """One flag: the configuration keys it sets, and the actions for which it does something."""
 
     name: str
-    metavar: str | None  # None: a switch without a value
+    metavar: str | None  # None: a switch, which writes `sets`
     help: str
     keys: tuple[str, ...] = ()
     actions: tuple[str, ...] = tuple(ACTIONS)
     choices: tuple[str, ...] = ()
+    sets: bool = True
 
 
 DATA_ACTIONS = ("calib", "eval", "train")
+RANGE_ACTIONS = ("calib", "train")  # a float checkpoint is calibrated before it is finetuned
+TRAIN = ("train",)
 GROUPS: dict[str, tuple[Flag, ...]] = {
     "model": (
         Flag("cfg", "FILE", "model: a YAML file or a shipped name"),
@@ -80,24 +84,69 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("eval-images", "N", "evaluate a sample; 0 = all", ("EVAL.IMAGES",), DATA_ACTIONS),
     ),
     "calibration": (
-        Flag("num-calib-batch", "N", "batches", ("CALIB.NUM_BATCHES",), ("calib",)),
-        Flag("calib-batchsz", "N", "images in a batch", ("CALIB.BATCH_SIZE",), ("calib",)),
-        Flag("calibrator", "NAME", "max, percentile, mse, entropy", ("CALIB.METHOD",), ("calib",)),
-        Flag("percentile", "P", "share of values kept", ("CALIB.PERCENTILE",), ("calib",)),
-        Flag("seed", "N", "which images are drawn", ("CALIB.SEED", "SEED"), DATA_ACTIONS),
+        Flag("num-calib-batch", "N", "batches", ("CALIB.NUM_BATCHES",), RANGE_ACTIONS),
+        Flag("calib-batchsz", "N", "images in a batch", ("CALIB.BATCH_SIZE",), RANGE_ACTIONS),
+        Flag(
+            "calibrator", "NAME", "max, percentile, mse, entropy", ("CALIB.METHOD",), RANGE_ACTIONS
+        ),
+        Flag("percentile", "P", "share of values kept", ("CALIB.PERCENTILE",), RANGE_ACTIONS),
+        Flag(
+            "seed",
+            "N",
+            "of the images drawn, and of training",
+            ("CALIB.SEED", "SEED"),
+            DATA_ACTIONS,
+        ),
         Flag(
             "recipe",
             "FILE",
             "quantization recipe: a file or a shipped name",
-            actions=("calib", "train"),
+            actions=RANGE_ACTIONS,
         ),
         Flag(
             "int8-mode",
             "N",
-            "1 or 2; without it --calib exports both",
+            "1 or 2; --calib exports both, --train 1",
             ("INT8.MODE",),
             choices=("1", "2"),
         ),
+    ),
+    "training": (
+        Flag("num-epochs", "N", "passes over the training set", ("QAT.EPOCHS",), TRAIN),
+        Flag("qat-lr", "LR", "peak rate at 512 images a step", ("QAT.LR",), TRAIN),
+        Flag(
+            "accumulation-steps",
+            "N",
+            "batches of each rank in a step",
+            ("TRAIN.ACCUMULATION_STEPS",),
+            TRAIN,
+        ),
+        Flag("distill", None, "learn from the float model", ("QAT.DISTILL.ENABLED",), TRAIN),
+        Flag("teacher", "FILE", "learn from another checkpoint", ("QAT.DISTILL.TEACHER",), TRAIN),
+        Flag(
+            "distillation-loss-scale",
+            "X",
+            "factor of that loss",
+            ("QAT.DISTILL.SCALE",),
+            TRAIN,
+        ),
+        Flag(
+            "optim",
+            "NAME",
+            "the only one",
+            ("TRAIN.OPTIMIZER.NAME",),
+            TRAIN,
+            choices=("adamw",),
+        ),
+        Flag(
+            "use-checkpoint",
+            None,
+            "recompute activations: less memory, more time",
+            ("TRAIN.USE_CHECKPOINT",),
+            TRAIN,
+        ),
+        Flag("amp-type", "NAME", "bf16 or fp16", ("QAT.AMP_TYPE",), TRAIN),
+        Flag("disable-amp", None, "train in fp32", ("AMP_ENABLE",), TRAIN, sets=False),
     ),
     "results": (
         Flag("output", "DIR", "results go to DIR/<model>/<tag>", ("OUTPUT",)),
@@ -107,9 +156,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "DIR",
             "checkpoints go here instead",
             ("CALIB.OUTPUT_PATH",),
-            ("calib", "export"),
+            ("calib", "export", "train"),
         ),
-        Flag("sensitivity-images", "N", "0 = none", ("REPORT.SENSITIVITY_IMAGES",), ("calib",)),
+        Flag("sensitivity-images", "N", "0 = none", ("REPORT.SENSITIVITY_IMAGES",), RANGE_ACTIONS),
     ),
     "running": (
         Flag("device", "NAME", "auto, cpu, cuda or cuda:N", ("DEVICE",)),
@@ -118,7 +167,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "NAME",
             "what runs INT8: auto, cuda, reference",
             ("ENGINE",),
-            ("calib", "eval", "throughput"),
+            ("calib", "eval", "throughput", "train"),
             choices=("auto", "cuda", "reference"),
         ),
         Flag("local-rank", "N", "from torch.distributed.launch; torchrun needs none"),
@@ -128,14 +177,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
 }
 FLAGS = {flag.name: flag for group in GROUPS.values() for flag in group}
 
-_LATER = "belongs to --train, which is not in this version"
+_FUSED = "was for kernels of the official code; torch.compile fuses here"
 _RECIPE = "was the ancestor's; layers, granularity and precision are stated in a recipe"
 ABSENT: dict[str, str] = {
-    **dict.fromkeys(
-        "distill teacher distillation-loss-scale qat-lr num-epochs accumulation-steps optim "
-        "use-checkpoint amp-opt-level disable-amp fused-window-process fused-layernorm".split(),
-        _LATER,
-    ),
+    **dict.fromkeys(("fused-window-process", "fused-layernorm"), _FUSED),
+    "amp-opt-level": "was for Apex; --amp-type and --disable-amp are what --train knows",
     **dict.fromkeys(
         "wprec aprec quant-per-tensor quant-disable quant-disable-keyword fuse-qkv narrow-range "
         "quant-mode".split(),
@@ -144,7 +190,6 @@ ABSENT: dict[str, str] = {
     "th-path": "loaded the ancestor's library; swinq runs its own, see --engine",
 }
 _FIXES = {
-    _LATER: "leave it out: --calib, --eval and --export need no training",
     _RECIPE: "choose one with --recipe, for example --recipe fastertransformer",
 }
 _TORCHRUN = (
@@ -159,6 +204,8 @@ examples:
       --data-path /data/imagenet --num-calib-batch 10 --calib-batchsz 8
   torchrun --nproc_per_node 8 swinq/main.py --eval --resume out/int8_mode1.safetensors \\
       --data-path /data/imagenet --batch-size 128
+  torchrun --nproc_per_node 8 swinq/main.py --train --resume swin_large.pth --distill \\
+      --data-path /data/imagenet --num-epochs 2
   torchrun swinq/main.py --calib --resume swin_tiny.pth --data-path /data/imagenet --dry-run
 
 Flags take - or _ between words and are never abbreviated. Precedence: defaults, --cfg, --recipe,
@@ -178,7 +225,7 @@ def parser() -> argparse.ArgumentParser:
     made = _Parser(
         prog="swinq/main.py",
         usage="torchrun [--nproc_per_node N] swinq/main.py --calib [flags]",
-        description="Calibrate, judge, export and run Swin Transformers in INT8.",
+        description="Calibrate, finetune, judge, export and run Swin Transformers in INT8.",
         epilog=_EXAMPLES,
         formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
             prog, max_help_position=32, width=100
@@ -223,11 +270,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             "put a flag before it, such as --cfg, --resume or --data-path; quote names with spaces",
         )
     chosen = [name for name in ACTIONS if getattr(args, name)]
-    if "train" in chosen:
-        raise ConfigError(
-            "--train (quantization-aware training) is not in this version",
-            "use --calib: post-training calibration needs no training",
-        )
     if len(chosen) > 1:
         raise ConfigError(
             f"{' and '.join('--' + name for name in chosen)} are both given, wanted one action",
@@ -235,7 +277,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         )
     if not chosen and not args.print_config:
         raise ConfigError(
-            "no action was asked for: wanted one of --calib, --eval, --export, --throughput",
+            f"no action was asked for: wanted one of {', '.join('--' + name for name in ACTIONS)}",
             "try the demo: torchrun swinq/main.py --calib",
         )
     args.action = chosen[0] if chosen else ""

@@ -20,6 +20,7 @@ from swinq import console, distributed
 from swinq.config import Config
 from swinq.data.images import is_image_name
 from swinq.errors import CheckpointError, DataError, SwinqError
+from swinq.flags import DATA_ACTIONS, RANGE_ACTIONS
 from swinq.models.architecture import Architecture
 
 MAX_HEADER_BYTES = 100_000_000  # the limit that the safetensors library has
@@ -33,7 +34,7 @@ def run(action: str, config: Config) -> bool:
     """Prints a checklist and tells whether everything on it is in order.
 
     Args:
-        action: "calib", "eval", "export" or "throughput".
+        action: "calib", "eval", "export", "throughput" or "train".
         config: the resolved configuration.
     """
     failed = 0
@@ -58,15 +59,26 @@ def checks(action: str, config: Config) -> dict[str, Callable[[], str]]:
     if "MODEL.TYPE" in config.origins:
         looks["model"] = lambda: _model(config)
     if weights:
-        looks["checkpoint"] = lambda: _checkpoint(Path(weights), config)
-    if action in ("calib", "eval") or config.DATA.DATA_PATH:
-        splits = ("train", "val") if action == "calib" else ("val",)
-        looks["data"] = lambda: _data(config.DATA.DATA_PATH, splits, config.DATA.ZIP_MODE)
+        flag = "--resume" if config.MODEL.RESUME else "--pretrained"
+        looks["checkpoint"] = lambda: _checkpoint(Path(weights), flag, config.INT8.MODE)
+    if action == "train" and config.QAT.DISTILL.TEACHER:
+        looks["teacher"] = lambda: _checkpoint(Path(config.QAT.DISTILL.TEACHER), "--teacher")
+    if action in DATA_ACTIONS or config.DATA.DATA_PATH:
+        splits = ("train", "val") if action in RANGE_ACTIONS else ("val",)
+        looks["data"] = lambda: _data(config, splits, labels=action == "train")
     for folder in filter(None, (config.OUTPUT, config.CALIB.OUTPUT_PATH)):
         looks[f"folder {folder}"] = lambda folder=folder: _writable(Path(folder))  # type: ignore[misc]
-    if action in ("calib", "export"):
+    if action in (*RANGE_ACTIONS, "export"):
+        file = _file_of(Path(weights)) if weights else None
+        size = file.stat().st_size if file and file.is_file() else 0
+        modes = 1 if config.INT8.MODE else 2
+        written = 2 * size + modes * size // 2 + REPORT_BYTES  # a half-precision file doubles
         place = Path(config.CALIB.OUTPUT_PATH or config.OUTPUT)
-        looks["disk"] = lambda: _disk(place, Path(weights) if weights else None, config)
+        looks["disk"] = lambda: _disk(place, written)
+        if action == "train":
+            # weights and both moments of AdamW, perhaps an average; one more while one is written
+            states = (config.QAT.KEEP + 1) * size * (4 if config.QAT.EMA else 3)
+            looks["disk for training"] = lambda: _disk(Path(config.OUTPUT), states)
     looks["device"] = lambda: _device(config.DEVICE)
     if action != "export":
         looks["engine"] = lambda: _engine(config.ENGINE, config.DEVICE)
@@ -113,7 +125,7 @@ def _model(config: Config) -> str:
     )
 
 
-def _checkpoint(path: Path, config: Config) -> str:
+def _checkpoint(path: Path, flag: str, int8_mode: int = 0) -> str:
     """Recognises the container by its first bytes and reads its directory, no tensor."""
     path = _file_of(path)
     try:
@@ -133,10 +145,10 @@ def _checkpoint(path: Path, config: Config) -> str:
                 )
             length = int.from_bytes(head, "little")
             if len(head) == 8 and 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                return _safetensors(path, size, file.read(length), config)
+                return _safetensors(path, size, file.read(length), int8_mode)
     except OSError as error:
         raise CheckpointError(
-            f"cannot read the checkpoint {path}: {error.strerror}", "check --resume or --pretrained"
+            f"cannot read the checkpoint {path}: {error.strerror}", f"check {flag}"
         ) from error
     raise CheckpointError(
         f"{path} ({size} bytes) is neither a PyTorch nor a safetensors checkpoint",
@@ -169,7 +181,7 @@ def _pytorch(path: Path, size: int) -> str:
     return f"{path.name}, PyTorch, {tensors} tensors, {_megabytes(size)}"
 
 
-def _safetensors(path: Path, size: int, header: bytes, config: Config) -> str:
+def _safetensors(path: Path, size: int, header: bytes, int8_mode: int) -> str:
     damaged = CheckpointError(
         f"{path} ({size} bytes) is a damaged safetensors file", "download or copy it again"
     )
@@ -186,16 +198,17 @@ def _safetensors(path: Path, size: int, header: bytes, config: Config) -> str:
     if metadata.get("format") == "swinq-int8":
         mode = metadata.get("int8_mode", "?")
         kind = f"INT8 mode {mode}"
-        if config.INT8.MODE and mode != str(config.INT8.MODE):
+        if int8_mode and mode != str(int8_mode):
             raise CheckpointError(
-                f"{path} was exported with int8_mode {mode}, and --int8-mode is {config.INT8.MODE}",
+                f"{path} was exported with int8_mode {mode}, and --int8-mode is {int8_mode}",
                 f"use --int8-mode {mode}, or the file of the other mode",
             )
     return f"{path.name}, {kind}, {len(entries)} tensors, {_megabytes(size)}"
 
 
-def _data(data_path: str, splits: tuple[str, ...], zip_mode: bool) -> str:
+def _data(config: Config, splits: tuple[str, ...], *, labels: bool) -> str:
     """Whether each split is there in one of the forms that are read; no image is opened."""
+    data_path, zip_mode = config.DATA.DATA_PATH, config.DATA.ZIP_MODE
     if configuration.is_embedded(data_path):
         return data_path
     path = Path(os.path.expanduser(data_path))
@@ -214,7 +227,7 @@ def _data(data_path: str, splits: tuple[str, ...], zip_mode: bool) -> str:
             "add them, or leave --zip out for folders",
         )
     names = os.listdir(path)
-    if {"train", "val"} <= set(missing) and any(map(is_image_name, names)):
+    if {"train", "val"} <= set(missing) and any(map(is_image_name, names)) and not labels:
         return f"{path}, images without labels: enough to calibrate, not to evaluate"
     archive = next((name for name in sorted(names) if name.lower().endswith(".zip")), None)
     raise DataError(
@@ -252,12 +265,8 @@ def _writable(folder: Path) -> str:
     return "writable" if place == folder.absolute() else f"will be made in {place}"
 
 
-def _disk(folder: Path, weights: Path | None, config: Config) -> str:
-    """Compares the free space with what the run writes: float ranges and one file per mode."""
-    file = _file_of(weights) if weights else None
-    size = file.stat().st_size if file and file.is_file() else 0
-    modes = 1 if config.INT8.MODE else 2
-    needed = 2 * size + modes * size // 2 + REPORT_BYTES  # a half-precision checkpoint doubles
+def _disk(folder: Path, needed: int) -> str:
+    """Compares the free space with the bytes that a run writes there."""
     free = shutil.disk_usage(_existing(folder)).free
     if free < needed:
         raise SwinqError(

@@ -29,21 +29,42 @@ FOREIGN = (
     "THROUGHPUT_MODE",
 )
 
-# Known keys, as the official files hold them, that decide nothing without training: read from a
-# file, refused where a person types them. The text says why.
-_TRAINING = "belongs to --train, which is not in this version"
+# Known keys, as the official files hold them, that decide nothing here: read from a file, refused
+# where a person types them. The text says why.
+_SCRATCH = "belongs to training from scratch; QAT has its own: "
 IDLE = {
-    **dict.fromkeys(("TRAIN", "AUG", "AMP_ENABLE", "SAVE_FREQ", "PRINT_FREQ"), _TRAINING),
+    "TRAIN.EPOCHS": f"{_SCRATCH}QAT.EPOCHS",
+    "TRAIN.BASE_LR": f"{_SCRATCH}QAT.LR",
+    **dict.fromkeys(("TRAIN.WARMUP_EPOCHS", "TRAIN.WARMUP_LR"), f"{_SCRATCH}QAT.WARMUP"),
+    "TRAIN.MIN_LR": f"{_SCRATCH}QAT.MIN_LR",
+    "TRAIN.LR_SCHEDULER": f"{_SCRATCH}a warm-up, then a cosine",
+    "TRAIN.OPTIMIZER.MOMENTUM": "belongs to SGD; QAT uses AdamW",
+    "TRAIN.LAYER_DECAY": "decides nothing here: all layers learn at one rate",
     **dict.fromkeys(
-        ("MODEL.DROP_RATE", "MODEL.DROP_PATH_RATE", "MODEL.LABEL_SMOOTHING"), _TRAINING
+        ("TRAIN.START_EPOCH", "TRAIN.AUTO_RESUME"),
+        "decides nothing here: --train goes on from its newest checkpoint",
     ),
+    "SAVE_FREQ": "counts epochs; QAT.SAVE_STEPS counts steps",
+    "MODEL.DROP_RATE": "decides nothing here: no official model has dropout",
     **dict.fromkeys(("DATA.PIN_MEMORY", "TEST.SEQUENTIAL", "TEST.SHUFFLE"), "decides nothing here"),
 }
+
+# Sections and keys that only --train reads.
+TRAINING = (
+    "QAT",
+    "TRAIN",
+    "AUG",
+    "MODEL.DROP_PATH_RATE",
+    "MODEL.LABEL_SMOOTHING",
+    "AMP_ENABLE",
+    "PRINT_FREQ",
+)
 
 # Keys whose default does not show the type: of the value, or of a list's items.
 OPTIONAL = {"MODEL.SWIN.QK_SCALE": float, "AUG.CUTMIX_MINMAX": list}
 ITEMS = {
     "AUG.CUTMIX_MINMAX": float,
+    "QAT.LEARN_RANGES": str,
     "QUANT.ALLOW_DEAD": str,
     "QUANT.LAYERS": dict,
     "TRAIN.LR_SCHEDULER.MULTISTEPS": int,
@@ -51,6 +72,7 @@ ITEMS = {
 _NAMES = {int: "an integer", float: "a number", str: "a text", bool: "true or false"}
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
+RANGE_KINDS = ("input", "weight", "output", "attention", "probabilities")
 PRECISIONS = ("int8", "int8-unrounded", "fp16")
 Rule = tuple[str, Callable[[Any], bool]]  # what is wanted in words, and whether a value is that
 
@@ -65,6 +87,13 @@ def _at_least(limit: float) -> Rule:
 
 def _between(low: float, high: float) -> Rule:
     return f"from {low} to {high}", lambda value: low <= value <= high
+
+
+def _share(value: float) -> bool:
+    return 0 <= value < 1
+
+
+_POSITIVE: Rule = ("above 0", lambda value: value > 0)
 
 
 def _each(rule: Rule) -> Rule:
@@ -84,7 +113,8 @@ RULES: dict[str, Rule] = {
     "MODEL.VERSION": _one_of(0, 1, 2),
     "MODEL.NUM_CLASSES": _at_least(1),
     "MODEL.DROP_RATE": _between(0, 1),
-    "MODEL.DROP_PATH_RATE": _between(0, 1),
+    "MODEL.DROP_PATH_RATE": ("from 0 to below 1", _share),
+    "MODEL.LABEL_SMOOTHING": ("from 0 to below 1", _share),
     "MODEL.SWIN.QK_SCALE": ("empty (another scale of q.k is not supported)", lambda v: v is None),
     "MODEL.SWINV2.PRETRAINED_WINDOW_SIZES": _each(_at_least(0)),
     "QUANT.WEIGHT.GRANULARITY": _one_of("per_channel", "per_tensor"),
@@ -110,11 +140,50 @@ RULES: dict[str, Rule] = {
     "EVAL.IMAGES": _at_least(0),
     "REPORT.SENSITIVITY_IMAGES": _at_least(0),
     "REPORT.LATENCY_BATCH": _at_least(1),
+    "QAT.EPOCHS": _at_least(1),
+    "QAT.LR": _POSITIVE,
+    "QAT.WARMUP": ("from 0 to below 1", _share),
+    "QAT.MIN_LR": _between(0, 1),
+    "QAT.LEARN_RANGES": _each(_one_of(*RANGE_KINDS)),
+    "QAT.RANGE_LR": _POSITIVE,
+    "QAT.FIX_RANGES": _between(0, 1),
+    "QAT.EMA": ("from 0 to below 1", _share),
+    "QAT.AMP_TYPE": _one_of("bf16", "fp16"),
+    "QAT.COMPILE": _one_of("auto", "yes", "no"),
+    "QAT.PARALLEL": _one_of("ddp", "fsdp"),
+    "QAT.SAVE_STEPS": _at_least(1),
+    "QAT.KEEP": _at_least(1),
+    "QAT.EVAL_EPOCHS": _at_least(1),
+    "QAT.DISTILL.SCALE": _at_least(0),
+    "QAT.DISTILL.LABEL_SCALE": _at_least(0),
+    "QAT.DISTILL.TEMPERATURE": _POSITIVE,
+    "QAT.DISTILL.FEATURES": _at_least(0),
     "TRAIN.EPOCHS": _at_least(0),
+    "TRAIN.WEIGHT_DECAY": _at_least(0),
+    "TRAIN.CLIP_GRAD": _at_least(0),
     "TRAIN.ACCUMULATION_STEPS": _at_least(1),
+    "TRAIN.OPTIMIZER.EPS": _POSITIVE,
+    "TRAIN.OPTIMIZER.BETAS": (
+        "two numbers from 0 to below 1",
+        lambda betas: len(betas) == 2 and all(map(_share, betas)),
+    ),
+    "AUG.COLOR_JITTER": _at_least(0),
+    "AUG.REPROB": _between(0, 1),
+    "AUG.REMODE": _one_of("const", "rand", "pixel"),
+    "AUG.RECOUNT": _at_least(1),
+    "AUG.MIXUP": _at_least(0),
+    "AUG.CUTMIX": _at_least(0),
+    "AUG.CUTMIX_MINMAX": (
+        "empty, or two shares of a side",
+        lambda v: v is None or (len(v) == 2 and 0 <= v[0] <= v[1] <= 1),
+    ),
+    "AUG.MIXUP_PROB": _between(0, 1),
+    "AUG.MIXUP_SWITCH_PROB": _between(0, 1),
+    "AUG.MIXUP_MODE": _one_of("batch", "pair", "elem"),
     "DIST.TIMEOUT": _at_least(1),
     "DEVICE": ("auto, cpu, cuda or cuda:N", lambda value: _is_device(value)),
     "ENGINE": _one_of("auto", "cuda", "reference"),
+    "PRINT_FREQ": _at_least(1),
     "OUTPUT": ("the name of a folder", lambda value: bool(value)),
     "TAG": ("a name without slashes", lambda v: bool(v) and v not in (".", "..") and "/" not in v),
     "SEED": _at_least(0),
@@ -185,6 +254,8 @@ def _as_type(value: Any, kind: type, item: type | None = None) -> Any:
     if kind is str:
         if isinstance(value, (list, tuple, Mapping)):
             raise ValueError("not a text")
+        if isinstance(value, bool):  # YAML 1.1 reads the words yes and no so
+            return "yes" if value else "no"
         return "" if value is None else str(value)
     if kind in (int, float):
         return _as_number(value, kind)

@@ -8,6 +8,7 @@ import threading
 import time
 from pathlib import Path
 
+import benchmark
 import benchmark_accuracy
 import check_large_windows
 import profile_kernels
@@ -17,10 +18,11 @@ from benchmarking import ours, peers, task, work
 from benchmarking.cases import BATCHES, FIRST, FORMS, MODELS, TUNED, Task, tasks
 from benchmarking.decoded import decoded
 from benchmarking.records import Record
-from benchmarking.schedule import STOPPED, run_all
+from benchmarking.schedule import run_all
 from benchmarking.tables import renderers, rewrite
 from benchmarking.timing import Step
 from benchmarking.turn import Turn
+from benchmarking.worker import STOPPED
 
 from swinq.data.datasets import open_dataset
 from swinq.data.transforms import eval_transform
@@ -96,6 +98,20 @@ def test_list_needs_no_gpu() -> None:
     assert f"{FIRST}: compile at batch 32" in ran.stdout and "swinq" not in ran.stdout
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_measured_rows_are_measured_again_only_if_asked(
+    again: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record(tmp_path / "latency.json")
+    record.begin("NVIDIA H100", {})
+    record.add(row(batch=32))
+    arguments = ["benchmark.py", "--json", str(record.path), "--list", "--models", FIRST]
+    arguments += ["--peers", "compile", "--ours", "--batches", "1", "32"]
+    monkeypatch.setattr(sys, "argv", [*arguments, *["--again"] * again])
+    assert benchmark.main() == 0
+    assert ("at batch 32" in capsys.readouterr().out) is again
+
+
 # --- one process ---
 
 
@@ -146,7 +162,8 @@ def test_compiling_freezes_and_takes_the_turn_to_run(
 ) -> None:
     tiny(monkeypatch)
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "inductor"))
-    turn = Turn(tmp_path / "turn")
+    asked: list[str] = []
+    turn = Turn(tmp_path / "turn", lambda: asked.append("once"))
     model = peers.build(MODELS["swinv2_tiny_patch4_window8_256"], CPU, torch.float32)
     images = torch.randn(2, 3, 64, 64)
     about: dict = {}
@@ -154,21 +171,33 @@ def test_compiling_freezes_and_takes_the_turn_to_run(
         compiled = peers.made("compile", model, images, turn, about)()
         torch.testing.assert_close(compiled, model(images), rtol=1e-3, atol=1e-4)
     assert about == {"freezing": True}
-    assert turn._taken
+    assert turn.taken and asked == ["once"]
 
 
-def test_a_turn_is_one_processs_at_a_time(tmp_path: Path) -> None:
+def test_a_borrowed_turn_is_one_processs_at_a_time(tmp_path: Path) -> None:
     path = tmp_path / "turn"
     first, second = Turn(path), Turn(path)
     order: list[str] = []
     with first.borrow():
-        waiting = threading.Thread(target=lambda: (second.take(), order.append("second")))
+        waiting = threading.Thread(target=second.borrowing(order.append), args=("second",))
         waiting.start()
-        time.sleep(0.2)
+        with first.borrow():
+            time.sleep(0.1)
+        time.sleep(0.1)  # the inner one gave nothing away
         order.append("first")
     waiting.join(10)
     assert order == ["first", "second"]
-    Turn().take()  # without a file it is always one's turn
+
+
+def test_a_turn_is_asked_for_once_and_then_needs_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "turn"
+    asked: list[str] = []
+    taker, other = Turn(path, lambda: asked.append("may I")), Turn(path)
+    taker.take()
+    taker.take()
+    with other.borrow(), taker.borrow():
+        assert asked == ["may I"]
+    Turn().take()  # by default it is always one's turn
 
 
 # --- many processes ---
@@ -179,13 +208,50 @@ def fake_task(tmp_path: Path, body: str) -> list[str]:
     script = tmp_path / "task.py"
     head = "import json, os, sys, time\nsaid = json.loads(sys.argv[sys.argv.index('--task') + 1])\n"
     say = "def say(**r): print('ROW ' + json.dumps(r), flush=True)\n"
-    script.write_text(head + say + body)
+    take = "def take(): print('READY', flush=True); assert sys.stdin.readline()\n"
+    script.write_text(head + say + take + body)
     return [sys.executable, str(script)]
+
+
+def test_one_is_timed_when_all_of_its_round_are_ready(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    command = fake_task(
+        tmp_path,
+        f"def note(what): open({str(log)!r}, 'a').write(said['model'] + ' ' + what + '\\n')\n"
+        "name = said['model']\n"
+        "time.sleep({'slow': 0.4, 'dies': 0.2}.get(name, 0))\n"
+        "note('made')\n"
+        "if name == 'dies': os._exit(1)\n"
+        "take(); note('begins'); time.sleep(0.1)\n"
+        "say(model=name, batch=1, form=said['forms'][0], warm_ms=1.0); note('ends')\n",
+    )
+    todo = [Task(name, ("compile",), (1,)) for name in ("fast", "dies", "slow", "next")]
+    rows: list[dict] = []
+    assert run_all([*todo, Task("quick", ("eager",), (1,))], command, 3, None, rows.append) == []
+    assert [r["model"] for r in rows if "error" not in r] == ["quick", "fast", "slow", "next"]
+    assert log.read_text().splitlines() == [
+        *("quick made", "quick begins", "quick ends"),
+        *("fast made", "dies made", "slow made"),
+        *("fast begins", "fast ends", "slow begins", "slow ends"),
+        *("next made", "next begins", "next ends"),
+    ]
+
+
+def test_a_process_without_a_giver_of_turns_ends() -> None:
+    ran = subprocess.run(
+        [sys.executable, "-c", "from benchmarking import task; task.ask_for_turn()"],
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": f"{REPO_ROOT / 'scripts'}:{REPO_ROOT}"},
+    )
+    assert ran.stdout == "READY\n" and "has ended" in ran.stderr and ran.returncode == 1
 
 
 def test_a_task_that_dies_is_recorded_and_the_rest_goes_on(tmp_path: Path) -> None:
     command = fake_task(
         tmp_path,
+        "take()\n"
         "for b in said['batches']:\n"
         "    if b == 8: sys.stderr.write('out of luck'); os._exit(3)\n"
         "    say(model=said['model'], batch=b, form=said['forms'][0], warm_ms=1.0)\n",

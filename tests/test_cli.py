@@ -75,8 +75,18 @@ def test_flags_reach_their_keys_with_their_origin() -> None:
         "--version": ("1", "MODEL.VERSION", 1),
         "--workers": ("-1", "DATA.NUM_WORKERS", -1),
     }
+    training = {
+        "--accumulation-steps": ("4", "TRAIN.ACCUMULATION_STEPS", 4),
+        "--amp-type": ("fp16", "QAT.AMP_TYPE", "fp16"),
+        "--distillation-loss-scale": ("2", "QAT.DISTILL.SCALE", 2.0),
+        "--num-epochs": ("5", "QAT.EPOCHS", 5),
+        "--optim": ("adamw", "TRAIN.OPTIMIZER.NAME", "adamw"),
+        "--qat-lr": ("5e-7", "QAT.LR", 5e-7),
+        "--teacher": ("large.pth", "QAT.DISTILL.TEACHER", "large.pth"),
+    }
+    words |= training
     argv = [word for flag, (text, _, _) in words.items() for word in (flag, text)]
-    config = resolved("--calib", "--zip", *argv)
+    config = resolved("--train", "--zip", "--use-checkpoint", "--disable-amp", *argv)
     for flag, (_, key, value) in words.items():
         node: object = config
         for part in key.split("."):
@@ -84,8 +94,39 @@ def test_flags_reach_their_keys_with_their_origin() -> None:
         assert node == value, flag
         assert config.origins[key] == flag
     assert config.DATA.ZIP_MODE is True and config.SEED == 7
+    assert config.TRAIN.USE_CHECKPOINT is True and config.AMP_ENABLE is False
+    switches = {"--zip", "--use-checkpoint", "--disable-amp", "--distill"}
     keyed = {f"--{flag.name}" for flag in flags.FLAGS.values() if flag.keys}
-    assert keyed == {*words, "--zip", "--pretrained"}
+    assert keyed == {*words, *switches, "--pretrained"}
+
+
+def test_train_alone_is_the_demo_and_trains_mode_1() -> None:
+    config = resolved("--train")
+    assert config.DEMO and config.DATA.DATA_PATH == "digits"
+    assert (config.INT8.MODE, config.origins["INT8.MODE"]) == (1, "--train")
+    assert resolved("--train", "--int8-mode", "2").INT8.MODE == 2
+    assert resolved("--calib").INT8.MODE == 0
+    assert config.QAT.DISTILL.ENABLED is False and config.AMP_ENABLE is True
+
+
+def test_a_teacher_means_distillation() -> None:
+    images = ("--data-path", "images")
+    given = resolved("--train", *MODEL, *images, "--teacher", "large.pth").QAT.DISTILL
+    assert (given.ENABLED, given.TEACHER) == (True, "large.pth")
+    own = resolved("--train", *MODEL, *images, "--distill").QAT.DISTILL
+    assert (own.ENABLED, own.TEACHER) == (True, "")
+    assert resolved("--train", "--opts", "QAT.DISTILL.TEACHER", "x").QAT.DISTILL.ENABLED
+
+
+def test_the_ancestors_distillation_scale_is_translated(
+    capsys: pytest.CaptureFixture[str], folder: Path
+) -> None:
+    argv = ["--train", *READY[1:], "--distill", "--dry-run", "--distillation-loss-scale"]
+    assert cli.main([*argv, "10000"]) == 0
+    assert "a distillation scale of 10000 is the ancestor's" in (said := capsys.readouterr().out)
+    assert "is 1.1 here" in said
+    assert cli.main([*argv, "1.1"]) == 0
+    assert "the ancestor's" not in capsys.readouterr().out
 
 
 def test_underscores_and_equals_signs_mean_the_same() -> None:
@@ -116,6 +157,12 @@ def test_a_flag_that_changes_nothing_is_said_to(
     assert cli.main([*args, "--dry-run"]) == 0
     assert "note: --num-calib-batch changes nothing for --eval" in capsys.readouterr().out
     assert cli.unused(flags.parse(READY)) == []
+
+
+def test_training_settings_are_said_to_change_nothing_elsewhere() -> None:
+    settings = ("--qat-lr", "1e-5", "--opts", "AUG.MIXUP", "0", "TAG", "x")
+    assert cli.unused(flags.parse([*READY, *settings])) == ["--qat-lr", "--opts AUG.MIXUP"]
+    assert cli.unused(flags.parse(["--train", *READY[1:], *settings])) == []
 
 
 def test_local_rank_is_used_and_may_not_contradict(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +239,7 @@ def test_the_action_gets_the_configuration_and_gives_the_exit_code(
         (SwinqError("\n".join("line" for _ in range(30))), 2, "error: line"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (OSError(28, "No space left on device", "out/x"), 2, "out/x: No space left on device"),
-        (torch.OutOfMemoryError("CUDA out of memory"), 2, "use --batch-size 32"),
+        (torch.OutOfMemoryError("CUDA out of memory"), 2, "use --batch-size 32\n"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -211,6 +258,18 @@ def test_a_failing_action_ends_in_a_short_error(
     message = capsys.readouterr().err
     assert wanted in message
     assert len(message.splitlines()) <= 10 and "Traceback" not in message
+
+
+def test_training_out_of_memory_keeps_the_images_of_a_step(
+    commands: Install, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(action: str, config: Config) -> int:
+        raise torch.OutOfMemoryError
+
+    commands(run)
+    assert cli.main(["--train", "--device", "cpu", "--accumulation-steps", "2"]) == 2
+    wanted = "use --batch-size 32 --accumulation-steps 4, or --use-checkpoint"
+    assert wanted in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_no_drama(commands: Install, monkeypatch: pytest.MonkeyPatch) -> None:

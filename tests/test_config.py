@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from swinq import config as configuration
-from swinq import config_files
+from swinq import config_files, schema
 from swinq.config import Config, default_config, merge_file, merge_pairs, merge_recipe, put
+from swinq.defaults import DEFAULTS
 from swinq.errors import ConfigError
 
 
@@ -178,9 +179,9 @@ def test_a_value_is_read_as_its_keys_type(key: str, value: object, becomes: obje
     assert config.origins == {key: "--opts"}
 
 
-@pytest.mark.parametrize("key", sorted(dict(configuration.leaves(configuration.DEFAULTS))))
+@pytest.mark.parametrize("key", sorted(dict(configuration.leaves(DEFAULTS))))
 def test_every_default_passes_its_own_rule(key: str) -> None:
-    default = dict(configuration.leaves(configuration.DEFAULTS))[key]
+    default = dict(configuration.leaves(DEFAULTS))[key]
     put(default_config(), key, default, "test")
 
 
@@ -197,9 +198,11 @@ def test_pairs_want_a_value_for_each_key() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "why"),
     [
-        ("TRAIN.EPOCHS", "3", "belongs to --train"),
-        ("AUG.MIXUP", "0", "belongs to --train"),
-        ("AMP_ENABLE", "false", "belongs to --train"),
+        ("TRAIN.EPOCHS", "3", "training from scratch; QAT has its own: QAT.EPOCHS"),
+        ("TRAIN.LR_SCHEDULER.NAME", "linear", "a warm-up, then a cosine"),
+        ("TRAIN.AUTO_RESUME", "false", "goes on from its newest checkpoint"),
+        ("SAVE_FREQ", "3", "QAT.SAVE_STEPS"),
+        ("MODEL.DROP_RATE", "0.1", "decides nothing here"),
         ("TEST.SHUFFLE", "true", "decides nothing here"),
         ("DATA.PIN_MEMORY", "false", "decides nothing here"),
         ("DATA.INTERPOLATION", "random", "'random'.* wanted one of bicubic, bilinear"),
@@ -210,12 +213,74 @@ def test_pairs_that_would_change_nothing_are_refused(key: str, value: str, why: 
         merge_pairs(default_config(), [key, value])
 
 
+def test_pairs_set_what_training_uses() -> None:
+    config = default_config()
+    pairs = {
+        "TRAIN.WEIGHT_DECAY": "1e-8",
+        "TRAIN.OPTIMIZER.BETAS": "[0.9, 0.95]",
+        "AUG.CUTMIX_MINMAX": "[0.2, 0.8]",
+        "MODEL.DROP_PATH_RATE": "0.2",
+        "AMP_ENABLE": "no",
+        "QAT.LEARN_RANGES": "[]",
+        "QAT.COMPILE": "no",
+    }
+    merge_pairs(config, [word for pair in pairs.items() for word in pair])
+    assert config.TRAIN.OPTIMIZER.BETAS == [0.9, 0.95] and config.QAT.LEARN_RANGES == []
+    assert (config.AMP_ENABLE, config.QAT.COMPILE) == (False, "no")
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("QAT.EPOCHS", "0"),
+        ("QAT.LR", "0"),
+        ("QAT.WARMUP", "1"),
+        ("QAT.MIN_LR", "1.5"),
+        ("QAT.LEARN_RANGES", "[output, bias]"),
+        ("QAT.FIX_RANGES", "-0.1"),
+        ("QAT.EMA", "1"),
+        ("QAT.AMP_TYPE", "fp32"),
+        ("QAT.COMPILE", "maybe"),
+        ("QAT.PARALLEL", "zero"),
+        ("QAT.SAVE_STEPS", "0"),
+        ("QAT.KEEP", "0"),
+        ("QAT.DISTILL.TEMPERATURE", "0"),
+        ("QAT.DISTILL.SCALE", "-1"),
+        ("TRAIN.CLIP_GRAD", "-1"),
+        ("TRAIN.OPTIMIZER.BETAS", "[0.9]"),
+        ("TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]"),
+        ("AUG.CUTMIX_MINMAX", "[0.8, 0.2]"),
+        ("AUG.REMODE", "grey"),
+        ("AUG.MIXUP_PROB", "2"),
+        ("MODEL.DROP_PATH_RATE", "1"),
+        ("MODEL.LABEL_SMOOTHING", "1"),
+    ],
+)
+def test_a_training_value_out_of_range_is_refused(key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} is '.*wanted"):
+        merge_pairs(default_config(), [key, text])
+
+
+def test_the_kinds_of_ranges_are_those_that_can_learn() -> None:
+    from swinq.train.ranges import KINDS
+
+    assert schema.RANGE_KINDS == KINDS
+
+
+def test_yes_and_no_mean_themselves_in_a_file(tmp_path: Path) -> None:
+    config = default_config()
+    text = "DATA: {CACHE_MODE: no}\nQAT: {COMPILE: yes}"  # YAML 1.1 reads both as booleans
+    merge_file(config, written(tmp_path, "model.yaml", text))
+    assert (config.DATA.CACHE_MODE, config.QAT.COMPILE) == ("no", "yes")
+
+
 def test_a_recipe_changes_only_quantization(tmp_path: Path) -> None:
     config = default_config()
-    path = written(tmp_path, "mine.yaml", "QUANT: {BIAS_CORRECTION: false}\nCALIB: {METHOD: mse}")
+    text = "QUANT: {BIAS_CORRECTION: false}\nCALIB: {METHOD: mse}\nQAT: {LEARN_RANGES: [input]}"
+    path = written(tmp_path, "mine.yaml", text)
     merge_recipe(config, path)
     assert (config.QUANT.NAME, config.QUANT.BIAS_CORRECTION) == ("mine", False)
-    assert config.CALIB.METHOD == "mse"
+    assert config.CALIB.METHOD == "mse" and config.QAT.LEARN_RANGES == ["input"]
     assert config.origins["QUANT.BIAS_CORRECTION"] == "recipe mine"
     with pytest.raises(ConfigError, match="holds DATA"):
         merge_recipe(config, written(tmp_path, "bad.yaml", "QUANT: {}\nDATA: {}"))

@@ -205,7 +205,7 @@ def test_loaders_leave_a_core_and_share_the_machine(monkeypatch: pytest.MonkeyPa
     assert distributed.loader_processes(3) == 3
     cores = set(range(16))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores, raising=False)
-    assert distributed.loader_processes(-1) == 8
+    assert distributed.loader_processes(-1) == 15
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
     assert distributed.loader_processes(-1) == 3
     cores = {0}

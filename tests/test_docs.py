@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import swinq
-from swinq import config, config_files
+from swinq import config, config_files, defaults
 from swinq.cli import main, resolve, unused
 from swinq.errors import ConfigError
 from swinq.flags import ABSENT, ACTIONS, FLAGS, parse
@@ -26,7 +26,7 @@ REPO_ROOT = Path(__file__).resolve().parents[1]
 CSRC = REPO_ROOT / "csrc"
 PAGES = [REPO_ROOT / "README.md", REPO_ROOT / "CHANGELOG.md", *sorted(REPO_ROOT.glob("docs/*.md"))]
 PAGES.append(CSRC / "NUMERICS.md")
-DEFAULTS = dict(config.leaves(config.DEFAULTS))
+DEFAULTS = dict(config.leaves(defaults.DEFAULTS))
 IMAGENET = "/data/imagenet"  # what the pages call the user's data
 
 # A Swin v1 small enough to be calibrated in a second, saved under the names that the pages use.
@@ -264,7 +264,8 @@ def test_configuration_keys_in_backticks_exist(page: Path) -> None:
 
 def source_words() -> set[str]:
     """Every upper-case word in the library and the scripts: variables, constants."""
-    files = [*(REPO_ROOT / "swinq").rglob("*.py"), *(REPO_ROOT / "calib").rglob("*.py")]
+    rooms = ("swinq", "calib", "train")
+    files = [path for room in rooms for path in (REPO_ROOT / room).rglob("*.py")]
     files += [path for path in (REPO_ROOT / "scripts").iterdir() if path.is_file()]
     text = "\n".join(path.read_text(encoding="utf-8") for path in files)
     return set(re.findall(r"[A-Z][A-Z0-9_]{3,}", text)) | engine_variables()
@@ -295,8 +296,9 @@ def test_links_resolve(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
 def test_paths_in_backticks_exist(page: Path) -> None:
+    places = r"(swinq|calib|csrc|scripts|tests|configs|docs)/[\w./-]*|train/\w+\.py"
     for span in code_spans(page):
-        if re.fullmatch(r"(swinq|calib|csrc|scripts|tests|configs|docs)/[\w./-]*", span):
+        if re.fullmatch(places, span):
             assert (REPO_ROOT / span).exists(), f"{name_of(page)}: `{span}`"
 
 
@@ -332,7 +334,8 @@ def test_every_flag_is_explained_with_its_key_and_default() -> None:
 
 def test_every_recipe_key_is_explained_with_its_default() -> None:
     rows = table_rows(REPO_ROOT / "docs" / "recipes.md", "key")
-    wanted = {k: v for k, v in DEFAULTS.items() if k.split(".")[0] in config.RECIPE_SECTIONS}
+    rows += table_rows(REPO_ROOT / "docs" / "training.md", "key")
+    wanted = {k: v for k, v in DEFAULTS.items() if k.split(".")[0] in defaults.RECIPE_SECTIONS}
     assert {row[0] for row in rows} == set(wanted)
     for key, default, meaning in rows:
         shown = "" if default == "empty" else default

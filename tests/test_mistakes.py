@@ -45,18 +45,49 @@ def safetensors(path: Path, metadata: dict[str, str], cut: int = 0) -> str:
 
 MODEL = ("--resume", "model.pth")
 READY = ("--calib", *MODEL, "--data-path", "images", "--device", "cpu")
+TRAIN = ("--train", *READY[1:])
 
 # What a user types -> what the message must hold: the value, and a word of the fix
 MISTAKES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "no action": ((), "no action", "--calib"),
     "no action but a model": (("--cfg", TINY), "no action", "--calib"),
     "two actions": (("--calib", "--eval"), "--calib and --eval", "--calib first"),
-    "training": (("--train",), "--train", "--calib"),
-    "training with an action": (("--calib", "--train"), "--train", "--calib"),
-    "a training flag": (("--calib", "--qat-lr", "1e-5"), "--qat-lr", "leave it out"),
-    "a training flag, underscored": (("--calib", "--num_epochs=5"), "--num_epochs", "leave it"),
-    "distillation": (("--calib", "--distill", "--teacher", "x.pth"), "--distill", "--train"),
-    "the ancestor's apex": (("--eval", "--amp-opt-level", "O1"), "--amp-opt-level", "--train"),
+    "training with an action": (("--calib", "--train"), "--calib and --train", "--calib first"),
+    "no epochs": ((*TRAIN, "--num-epochs", "0"), "'0'", "--num-epochs 2"),
+    "a rate of 0": ((*TRAIN, "--qat-lr", "0"), "'0'", "above 0"),
+    "a rate as a word": ((*TRAIN, "--qat-lr", "low"), "'low'", "--qat-lr 1e-05"),
+    "half a step": ((*TRAIN, "--accumulation-steps", "0.5"), "'0.5'", "an integer"),
+    "another optimizer": ((*TRAIN, "--optim", "sgd"), "'sgd'", "--optim adamw"),
+    "another optimizer in a file": (
+        (*TRAIN, "--opts", "TRAIN.OPTIMIZER.NAME", "sgd"),
+        "sgd (--opts)",
+        "--optim adamw",
+    ),
+    "an unknown AMP type": ((*TRAIN, "--amp-type", "fp8"), "'fp8'", "--amp-type bf16"),
+    "a scale without distillation": (
+        (*TRAIN, "--distillation-loss-scale", "2"),
+        "--distillation-loss-scale",
+        "add --distill",
+    ),
+    "no loss at all": (
+        (*TRAIN, "--distill", "--opts", "QAT.DISTILL.SCALE", "0", "QAT.DISTILL.LABEL_SCALE", "0"),
+        "all 0",
+        "defaults",
+    ),
+    "a schedule from scratch": (
+        (*TRAIN, "--opts", "TRAIN.BASE_LR", "1e-5"),
+        "TRAIN.BASE_LR belongs to training from scratch",
+        "QAT.LR",
+    ),
+    "an unknown kind of range": (
+        (*TRAIN, "--opts", "QAT.LEARN_RANGES", "[outputs]"),
+        "outputs",
+        "probabilities",
+    ),
+    "training without images": (("--train", *MODEL), "model.pth", "--data-path"),
+    "training without weights": (("--train", "--cfg", TINY), TINY, "--resume"),
+    "the ancestor's apex": (("--eval", "--amp-opt-level", "O1"), "Apex", "--amp-type"),
+    "the ancestor's kernels": (("--train", "--fused-layernorm"), "--fused-layernorm", "leave it"),
     "the ancestor's quantizer": (("--calib", "--quant-per-tensor"), "recipe", "fastertransformer"),
     "the ancestor's engine": (("--eval", "--th-path", "x.so"), "--th-path", "leave it out"),
     "an engine by its file": (("--eval", "--engine", "x.so"), "'x.so'", "--engine auto"),
@@ -165,6 +196,13 @@ DRY_MISTAKES: dict[str, tuple[tuple[str, ...], str, str]] = {
         "img_size",
     ),
     "a full disk": ((), "1.0 MB free", "free some space"),
+    "training without a teacher": (("--teacher", "absent.pth"), "absent.pth", "check --teacher"),
+    "training on loose images": (
+        ("--data-path", "images/val/cat"),
+        "has neither train/",
+        "train/<class>/<image>",
+    ),
+    "training on a full disk": (("--resume", "large.pth"), "about 270.0 MB", "free some space"),
 }
 
 
@@ -187,12 +225,16 @@ def test_a_dry_run_names_what_is_wrong_with_the_machine(
     safetensors(folder / "cut.safetensors", {}, cut=3)
     (folder / "bad.safetensors").write_bytes(struct.pack("<Q", 4) + b"{{{{")
     safetensors(folder / "int8.safetensors", {"format": "swinq-int8", "int8_mode": "1"})
-    if mistake == "a full disk":
-        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**6))
+    with zipfile.ZipFile(folder / "large.pth", "w") as archive:
+        archive.writestr("model/data.pkl", bytes(30_000_000))
+    free = {"a full disk": 10**6, "training on a full disk": 200 * 10**6}.get(mistake)
+    if free:
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    action = "--train" if mistake.startswith("training") else "--calib"
     given = dict(zip(READY[1::2], READY[2::2], strict=True))
     rest = [word for flag, text in given.items() if flag not in argv for word in (flag, text)]
     before = sorted(folder.rglob("*"))
-    assert cli.main(["--calib", *rest, *argv, "--dry-run"]) == 2
+    assert cli.main([action, *rest, *argv, "--dry-run"]) == 2
     told = capsys.readouterr().out.partition("  FAIL  ")[2]
     assert value in told and fix in told and "fix: " in told
     assert "checks failed" in told

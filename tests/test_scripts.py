@@ -106,12 +106,26 @@ def test_calib_hands_data_checkpoint_and_further_flags_over(checkout: Path) -> N
     assert command.endswith("--tag first")
 
 
+@pytest.mark.parametrize(("gpus", "accumulation"), [("1", 8), ("2", 4), ("4", 2), ("8", 1)])
+def test_qat_takes_512_images_a_step_on_any_gpus(
+    gpus: str, accumulation: int, checkout: Path
+) -> None:
+    ran = run(checkout, "qat.sh", "images", "swin.pth", "--num-epochs", "3", GPUS=gpus)
+    command = ran.stdout.splitlines()[-1]
+    assert f"--nproc_per_node {gpus} swinq/main.py --train" in command
+    config, _ = cli.resolve(parse(command.split("main.py ")[1].split()))
+    assert config.DATA.BATCH_SIZE * config.TRAIN.ACCUMULATION_STEPS * int(gpus) == 512
+    assert config.TRAIN.ACCUMULATION_STEPS == accumulation
+    assert config.QAT.EPOCHS == 3 and config.QAT.DISTILL.ENABLED
+
+
 @pytest.mark.parametrize(
     ("script", "words", "flags", "key", "becomes"),
     [
         ("calib.sh", ("images", "a.pth"), ("--batch-size", "64"), "DATA.BATCH_SIZE", 64),
         ("calib.sh", ("images", "a.pth"), ("--opts", "CALIB.NUM_BATCHES", "3"), *BATCHES),
         ("eval.sh", ("images", "a.pth"), ("--batch-size", "64"), "DATA.BATCH_SIZE", 64),
+        ("qat.sh", ("images", "a.pth"), ("--batch-size", "32"), "DATA.BATCH_SIZE", 32),
         ("export.sh", ("a.safetensors",), ("--int8-mode", "2"), "INT8.MODE", 2),
     ],
 )
@@ -128,7 +142,7 @@ def test_further_flags_override_what_a_script_sets(
     assert dict(leaves(config))[key] == becomes
 
 
-@pytest.mark.parametrize("script", ["calib.sh", "eval.sh", "export.sh"])
+@pytest.mark.parametrize("script", ["calib.sh", "eval.sh", "export.sh", "qat.sh"])
 def test_script_without_its_arguments_says_which(checkout: Path, script: str) -> None:
     ran = run(checkout, script)
     assert ran.returncode != 0

@@ -72,6 +72,7 @@ class Enqueuer {
         AttentionArguments a = step.arguments;
         a.qkv = at(Buffer::kWide);
         a.out = at(Buffer::kNarrow);
+        a.status = status();
         a.batch = forward_.batch;
         attention(a, forward_.stream);
     }

@@ -19,6 +19,7 @@ struct AttentionArguments {
     float v_scale;  // kInt8 only
     const float* out_inverse;                     // (heads * 32), out_type kInt8 only
     int batch, resolution, window, shift, heads;  // window divides resolution; shift 0: no mask
+    int* status;  // (batch) or null: set to 1 where q, k or v of an image is not finite
 };
 
 void attention(const AttentionArguments& arguments, cudaStream_t stream);

@@ -34,9 +34,15 @@ __global__ void __launch_bounds__(kThreads) attention_float_kernel(const Attenti
     wait_for_predecessor();
     let_successor_start();
 
+    float zeros = 0;  // NaN once something that is not finite was loaded
+    auto load = [&](uint32_t from, int part, int word) {
+        const float4 x = part_of(a, from, part, head)[word];
+        for (float value : {x.x, x.y, x.z, x.w}) zeros = __fmaf_rn(value, 0.0f, zeros);
+        return x;
+    };
     float4 q[kHeadDim / 4], o[kHeadDim / 4] = {};
 #pragma unroll
-    for (int i = 0; i < kHeadDim / 4; ++i) q[i] = part_of(a, token.index, 0, head)[i];
+    for (int i = 0; i < kHeadDim / 4; ++i) q[i] = load(token.index, 0, i);
     float top = -INFINITY, total = 0;
     for (int first = 0; first < count; first += kKeys) {
         const int staged = min(kKeys, count - first);
@@ -45,8 +51,8 @@ __global__ void __launch_bounds__(kThreads) attention_float_kernel(const Attenti
             Key& key = keys[i / (kHeadDim / 4)];
             const int key_row = first + i / (kHeadDim / 4), word = i % (kHeadDim / 4);
             const Token key_token = token_at(a, a.window, image, blockIdx.y, key_row);
-            key.k[word] = part_of(a, key_token.index, 1, head)[word];
-            key.v[word] = part_of(a, key_token.index, 2, head)[word];
+            key.k[word] = load(key_token.index, 1, word);
+            key.v[word] = load(key_token.index, 2, word);
             if (word == 0) {
                 key.region = key_token.region;
                 key.y = key_row / a.window;
@@ -88,6 +94,7 @@ __global__ void __launch_bounds__(kThreads) attention_float_kernel(const Attenti
             }
         }
     }
+    if (a.status && zeros != 0) a.status[image] = 1;
     if (row >= count) return;
 #pragma unroll
     for (int i = 0; i < kHeadDim / kVector; ++i) {

@@ -58,9 +58,11 @@ struct QueryTile {
     }
 
     // -inf for keys that do not exist.
-    __device__ __forceinline__ void logits(float (&l)[Op::kGroup][4], int first_key) const {
+    __device__ __forceinline__ void logits(float (&l)[Op::kGroup][4], int first_key,
+                                           FiniteCheck<kType>& check) const {
         uint32_t k[8];
         load_group(k, keys, first_key);
+        check.see(k);
 #pragma unroll
         for (int tile = 0; tile < Op::kGroup; ++tile) {
             typename Op::Sum s[4] = {};
@@ -77,13 +79,14 @@ struct QueryTile {
         }
     }
 
-    __device__ __forceinline__ void attend(WeightedValues<kType>& sums) const {
+    __device__ __forceinline__ void attend(WeightedValues<kType>& sums,
+                                           FiniteCheck<kType>& check) const {
         constexpr int kKeys = Op::kGroup * kTileKeys;
         float l[Op::kGroup][4];
         float top[2] = {-INFINITY, -INFINITY};
 #pragma unroll 1
         for (int first_key = 0; first_key < window.count; first_key += kKeys) {
-            logits(l, first_key);
+            logits(l, first_key, check);
 #pragma unroll
             for (int i = 0; i < Op::kGroup * 4; ++i) {
                 top[i % 4 / 2] = fmaxf(top[i % 4 / 2], l[i / 4][i % 4]);
@@ -93,9 +96,10 @@ struct QueryTile {
         top[1] = quad_max(top[1]) - Op::kTop;
 #pragma unroll 1
         for (int first_key = 0; first_key < window.count; first_key += kKeys) {
-            logits(l, first_key);
+            logits(l, first_key, check);
             uint32_t v[8];
             load_group(v, values, first_key);
+            check.see(v);
 #pragma unroll
             for (int i = 0; i < 8; ++i) v[i] = transpose_matrix(v[i]);
             Op::order_values(v);
@@ -134,8 +138,11 @@ __global__ void __launch_bounds__(kMaxAttentionWarps* kWarp)
     if (first_row >= count) return;
     const WindowTable window = {index, region, offset, count};
     const QueryTile<kType> queries(a, window, head, first_row, lane);
+    FiniteCheck<kType> check;
+    check.see(queries.q[0]);
+    check.see(queries.q[1]);
     WeightedValues<kType> sums;
-    queries.attend(sums);
+    queries.attend(sums, check);
     const OutputRows output_rows(a, head * kHeadDim + kVector * (lane % 4));
     const float v_scale = kType == Type::kInt8 ? a.v_scale : 1.0f;
 #pragma unroll
@@ -143,6 +150,7 @@ __global__ void __launch_bounds__(kMaxAttentionWarps* kWarp)
         const int row = first_row + lane / 4 + 8 * h;
         if (row < count) sums.store(output_rows, index[row], v_scale, h);
     }
+    check.report(a.status, image);
 }
 
 }  // namespace

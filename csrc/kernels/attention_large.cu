@@ -208,6 +208,7 @@ __global__ void __launch_bounds__(Shape<kType, kWindow>::kWarps* kWarp,
 
     const InputRows<kType> query_rows(a, head, 0, t), key_rows(a, head, 1, t);
     const InputRows<kType> value_rows(a, head, 2, t);
+    FiniteCheck<kType> check;
     for (int group = warp; group < S::kGroups; group += S::kWarps) {
         uint32_t k[8], v[8];
 #pragma unroll
@@ -217,6 +218,8 @@ __global__ void __launch_bounds__(Shape<kType, kWindow>::kWarps* kWarp,
             key_rows.load(k + tile * Op::kWords, token);
             value_rows.load(v + tile * Op::kWords, token);
         }
+        check.see(k);
+        check.see(v);
 #pragma unroll
         for (int i = 0; i < 8; ++i) v[i] = transpose_matrix(v[i]);
         Op::order_values(v);
@@ -233,6 +236,8 @@ __global__ void __launch_bounds__(Shape<kType, kWindow>::kWarps* kWarp,
          tile += gridDim.z * S::kWarps) {
         const int row = tile * kTileRows;
         const QueryTile<kType, kWindow> queries(query_rows, shared, row, lane, factor);
+        check.see(queries.q[0]);
+        check.see(queries.q[1]);
         WeightedValues<kType> sums;
         if (masked) {
             queries.template attend<true>(sums, shared, lane);
@@ -242,6 +247,7 @@ __global__ void __launch_bounds__(Shape<kType, kWindow>::kWarps* kWarp,
         sums.store(output_rows, shared[S::kTokenStart + row + g], v_scale, 0);
         sums.store(output_rows, shared[S::kTokenStart + row + 8 + g], v_scale, 1);
     }
+    check.report(a.status, image);
 }
 
 template <Type kType, int kWindow>

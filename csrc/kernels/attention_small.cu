@@ -66,6 +66,14 @@ struct WindowHead {
         for (int group = 0; group < kGroups; ++group) Op::order_values(values[group]);
     }
 
+    __device__ __forceinline__ void show(FiniteCheck<kType>& check) const {
+#pragma unroll
+        for (int group = 0; group < kGroups; ++group) {
+            check.see(keys[group]);
+            check.see(values[group]);
+        }
+    }
+
     // Whether column c (0 or 1 of the lane's pair) of tile j is a key in some lane.
     static __device__ constexpr bool has_keys(int j, int c) { return j * kTileKeys + c < kTokens; }
 
@@ -167,6 +175,8 @@ __global__ void __launch_bounds__(kMaxAttentionWarps* kWarp, kType == Type::kInt
     query_rows.load(next[0], row_tokens[0]);
     query_rows.load(next[1], row_tokens[8]);
     const WindowHead<kType, kWindow> window_head(a, head, lane, tokens);
+    FiniteCheck<kType> check;
+    window_head.show(check);
     const OutputRows output_rows(a, head * kHeadDim + kVector * t);
     const float factor = __fmul_rn(__ldg(a.factor + head), kLog2E);
     const float v_scale = kType == Type::kInt8 ? a.v_scale : 1.0f;
@@ -183,6 +193,8 @@ __global__ void __launch_bounds__(kMaxAttentionWarps* kWarp, kType == Type::kInt
 #pragma unroll
             for (int word = 0; word < Op::kWords; ++word) q[i][word] = next[i][word];
         }
+        check.see(q[0]);
+        check.see(q[1]);
         query_rows.load(next[0], row_tokens[kTileRows]);
         query_rows.load(next[1], row_tokens[kTileRows + 8]);
         const uint32_t* row_regions = row_tokens - tokens + regions;
@@ -198,6 +210,7 @@ __global__ void __launch_bounds__(kMaxAttentionWarps* kWarp, kType == Type::kInt
         bias += kKeyTiles * kWarp;
         row_tokens += kTileRows;
     }
+    check.report(a.status, blockIdx.x);
 }
 
 template <Type kType, int kWindow>

@@ -183,6 +183,31 @@ struct InputRows : TokenRows {
     }
 };
 
+// Whether all that it was shown is finite: a sum of zeros, or NaN. Codes always are. Outputs do not
+// tell, because codes have no NaN, and a key that scores -infinity has no weight.
+template <Type kType>
+struct FiniteCheck {
+    __half2 zeros = {};
+
+    template <int kCount>
+    __device__ __forceinline__ void see(const uint32_t (&words)[kCount]) {
+        if constexpr (kType == Type::kHalf) {
+#pragma unroll
+            for (int i = 0; i < kCount; ++i) {
+                const __half2 halves = *reinterpret_cast<const __half2*>(&words[i]);
+                zeros = __hfma2(halves, __half2{}, zeros);
+            }
+        }
+    }
+
+    __device__ __forceinline__ void report(int* status, int image) const {
+        if constexpr (kType == Type::kHalf) {
+            const float2 sums = __half22float2(zeros);
+            if (status && !(sums.x + sums.y == 0)) status[image] = 1;
+        }
+    }
+};
+
 struct OutputRows : TokenRows {
     Type type;
     float inverse[kVector] = {};

@@ -154,36 +154,41 @@ __device__ __forceinline__ float linear(Accumulator sum, float factor, float bia
     }
 }
 
-// What a warp adds to of the fp16 stream, read before the products so that it need not be waited
-// for behind them: 16 rows of kColumns. Empty where a tile has no registers to spare.
-template <int kColumns, bool kUsed>
+// What a warp adds to of the fp16 stream: 16 rows, in groups of columns. The first kAhead groups
+// are read before the products, so that they need not be waited for behind them; each of the others
+// as soon as one of those has been added.
+template <int kAhead>
 struct StreamRows {
-    static __device__ __forceinline__ StreamRows load(const EpilogueArguments&, int, int) {
-        return {};
+    uint4 bits[kAhead][2];
+
+    __device__ __forceinline__ void load_group(const EpilogueArguments& arguments, int row,
+                                               int column, int group) {
+        const int lane = threadIdx.x % kWarp;
+        const int c = column + group * kGroup + lane % 4 * kChannels;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int r = row + half * 8 + lane / 4;
+            uint4& to = bits[group % kAhead][half];
+            to = make_uint4(0, 0, 0, 0);
+            if (r < arguments.m && c < arguments.n) {
+                to = *reinterpret_cast<const uint4*>(static_cast<const __half*>(arguments.out) +
+                                                     static_cast<int64_t>(r) * arguments.n + c);
+            }
+        }
     }
-};
-template <int kColumns>
-struct StreamRows<kColumns, true> {
-    uint4 bits[kColumns / kGroup][2];
 
     static __device__ __forceinline__ StreamRows load(const EpilogueArguments& arguments, int row,
                                                       int column) {
         StreamRows rows;
-        const int lane = threadIdx.x % kWarp;
 #pragma unroll
-        for (int i = 0; i < kColumns / kGroup * 2; ++i) {
-            const int r = row + i % 2 * 8 + lane / 4;
-            const int c = column + i / 2 * kGroup + lane % 4 * kChannels;
-            rows.bits[i / 2][i % 2] = make_uint4(0, 0, 0, 0);
-            if (r < arguments.m && c < arguments.n) {
-                rows.bits[i / 2][i % 2] =
-                    *reinterpret_cast<const uint4*>(static_cast<const __half*>(arguments.out) +
-                                                    static_cast<int64_t>(r) * arguments.n + c);
-            }
+        for (int group = 0; group < kAhead; ++group) {
+            rows.load_group(arguments, row, column, group);
         }
         return rows;
     }
 };
+template <>
+struct StreamRows<0> {};
 
 template <Type kOperand, Activation kActivation, Output kOutput, Type kStream>
 struct Epilogue {
@@ -194,12 +199,12 @@ struct Epilogue {
     // A warp's accumulators of kRowBlocks * 16 rows and kTiles * 8 columns; `row` and `column` are
     // the first of them. Every lane of the warp must call.
     // `stream`: the rows to add to, if they were read before.
-    template <int kRowBlocks, int kTiles, bool kRead = false>
+    template <int kRowBlocks, int kTiles, int kAhead = 0>
     static __device__ __forceinline__ void run(const Accumulator (&acc)[kRowBlocks][kTiles][4],
                                                const EpilogueArguments& arguments, int row,
-                                               int column,
-                                               const StreamRows<kTiles * 8, kRead>& stream = {}) {
+                                               int column, StreamRows<kAhead> stream = {}) {
         static_assert(kTiles % 4 == 0, "columns come in groups of 32");
+        static_assert(kAhead == 0 || kRowBlocks == 1, "rows of the stream are those of one block");
         const int lane = threadIdx.x % kWarp;
         const bool rounded = kToStream && arguments.out_scale != nullptr;
 #pragma unroll
@@ -240,11 +245,16 @@ struct Epilogue {
                             y[i] = __fmul_rn(code_of(y[i], inverse[i]), scale[i]);
                         }
                     }
-                    if constexpr (kRead) add_half(y, stream.bits[group][half]);
+                    if constexpr (kAhead > 0) add_half(y, stream.bits[group % kAhead][half]);
                     if (r < arguments.m && inside) {
-                        write<kRead>(y, inverse, arguments.out,
-                                     static_cast<int64_t>(r) * arguments.n + channel);
+                        write<(kAhead > 0)>(y, inverse, arguments.out,
+                                            static_cast<int64_t>(r) * arguments.n + channel);
                     }
+                }
+            }
+            if constexpr (kAhead > 0) {
+                if (group + kAhead < kTiles / 4) {
+                    stream.load_group(arguments, row, column, group + kAhead);
                 }
             }
         }

@@ -13,9 +13,9 @@ constexpr int kMma = 0, kWgmma = 1;
 
 // Every tile that exists, larger ones first.
 constexpr GemmTile kTiles[] = {
-    {kWgmma, 128, 256}, {kWgmma, 128, 192}, {kWgmma, 128, 128}, {kWgmma, 128, 96},
-    {kWgmma, 64, 128},  {kWgmma, 64, 96},   {kWgmma, 64, 64},   {kMma, 128, 128},
-    {kMma, 128, 96},    {kMma, 64, 64},     {kMma, 64, 32},
+    {kWgmma, 192, 192}, {kWgmma, 128, 256}, {kWgmma, 128, 192}, {kWgmma, 128, 128},
+    {kWgmma, 128, 96},  {kWgmma, 64, 128},  {kWgmma, 64, 96},   {kWgmma, 64, 64},
+    {kMma, 128, 128},   {kMma, 128, 96},    {kMma, 64, 64},     {kMma, 64, 32},
 };
 
 bool exists(const GemmTile& tile, Type operand) {

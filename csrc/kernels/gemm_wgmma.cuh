@@ -26,6 +26,10 @@ struct WgmmaTile {
     static constexpr int kBlocksPerSm = kBlocksPerSm_;
     static constexpr int kSlab = 128;  // bytes of k
     static constexpr int kBytesA = kRows * kSlab, kStageBytes = (kRows + kColumns) * kSlab;
+    // Groups of the stream read before the products, as the registers beside the accumulators
+    // allow; without any, L1 gets the lines.
+    static constexpr int kSpare = 65536 / (kThreads * kBlocksPerSm) - kColumns / 2;
+    static constexpr int kAhead = kSpare < 72 ? 0 : kSpare < 80 ? 2 : std::min(3, kColumns / 32);
 
     // The swizzle wants stages at multiples of 1,024 bytes.
     static int shared_bytes(int stages) { return stages * kStageBytes + 1024; }
@@ -204,15 +208,14 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
                       EpilogueArguments epilogue) {
     using Accumulator = typename Number<kOperand>::Accumulator;
     using Fragments = const Accumulator(&)[1][Tile::kColumns / 8][4];
-    // larger tiles keep the registers for their accumulators and the lines in L1
-    constexpr bool kReads = Epilogue::kAddsStream && Tile::kWarpgroups == 1 && Tile::kColumns <= 96;
+    constexpr int kAhead = Epilogue::kAddsStream ? Tile::kAhead : 0;
     Pipeline<Tile> pipeline(map_a, map_w, epilogue.m, epilogue.n, k_bytes, stages);
     for (int tile = blockIdx.x; tile < pipeline.tiles(); tile += static_cast<int>(gridDim.x)) {
         const Place<Tile> place(tile, pipeline.tiles_across());
         const int warp_row = place.row + static_cast<int>(threadIdx.x / kWarp) * 16;
         prefetch_channels<Tile::kColumns>(epilogue, place.column);
-        StreamRows<Tile::kColumns, kReads> stream;
-        if constexpr (kReads) {
+        StreamRows<kAhead> stream;
+        if constexpr (kAhead > 0) {
             stream = decltype(stream)::load(epilogue, warp_row, place.column);
         } else if constexpr (Epilogue::kAddsStream) {
             prefetch_stream<Tile::kRows, Tile::kColumns, Tile::kThreads>(epilogue, place.row,
@@ -220,7 +223,7 @@ __global__ void __launch_bounds__(Tile::kThreads, Tile::kBlocksPerSm)
         }
         Accumulator acc[Tile::kColumns / 2];
         pipeline.multiply_tile(acc);
-        Epilogue::template run<1, Tile::kColumns / 8, kReads>(
+        Epilogue::template run<1, Tile::kColumns / 8, kAhead>(
             reinterpret_cast<Fragments>(acc), epilogue, warp_row, place.column, stream);
     }
 }

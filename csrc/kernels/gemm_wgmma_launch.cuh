@@ -31,6 +31,7 @@ void gemm_wgmma(const GemmArguments& g, const GemmTile& tile, cudaStream_t strea
     auto is = [&tile](int rows, int columns) {
         return tile.rows == rows && tile.columns == columns;
     };
+    if (is(192, 192)) return launch_wgmma<kOperand, WgmmaTile<3, 192, 4, 1>>(g, stream);
     if (is(128, 256)) return launch_wgmma<kOperand, WgmmaTile<2, 256, 4, 1>>(g, stream);
     if (is(128, 192)) return launch_wgmma<kOperand, WgmmaTile<2, 192, 5, 1>>(g, stream);
     if (is(128, 128)) return launch_wgmma<kOperand, WgmmaTile<2, 128, 3, 2>>(g, stream);

@@ -59,8 +59,11 @@ __global__ void __launch_bounds__(SplitTile::kThreads, 1)
     __syncthreads();  // the barriers are initialised for all
 
     const int warp_row = place.row + thread / kWarp * 16;
-    StreamRows<Tile::kColumns, Epilogue::kAddsStream> stream;
-    if (warpgroup == 0) stream = decltype(stream)::load(epilogue, warp_row, place.column);
+    constexpr int kAhead = Epilogue::kAddsStream ? Tile::kColumns / kGroup : 0;
+    StreamRows<kAhead> stream;
+    if constexpr (kAhead > 0) {
+        if (warpgroup == 0) stream = decltype(stream)::load(epilogue, warp_row, place.column);
+    }
     int acc[kSums];
     int stage = 0, phase = 0, previous = 0;
     for (int i = 0; i < own; ++i) {
@@ -106,8 +109,8 @@ __global__ void __launch_bounds__(SplitTile::kThreads, 1)
         }
     }
     using Fragments = const int(&)[1][Tile::kColumns / 8][4];
-    Epilogue::template run<1, Tile::kColumns / 8, Epilogue::kAddsStream>(
-        reinterpret_cast<Fragments>(acc), epilogue, warp_row, place.column, stream);
+    Epilogue::template run<1, Tile::kColumns / 8, kAhead>(reinterpret_cast<Fragments>(acc),
+                                                          epilogue, warp_row, place.column, stream);
 }
 
 // Whether a product is short of tiles and rich in slabs.

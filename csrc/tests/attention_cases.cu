@@ -1,5 +1,8 @@
 // Attention: every window, shift, number of heads and pair of types against the plain one.
+#include <cmath>
+
 #include "attention_problem.h"
+#include "norm_problem.h"
 
 namespace swinq::testing {
 
@@ -56,6 +59,40 @@ void compare_all(Group& group, Type type, Type out_type, Logits logits, const Bo
     }
 }
 
+// One number of q, k or v of the second of three images; the outputs are codes, which hide NaN.
+void bad_operands(Group& group, Type type) {
+    constexpr int kHeads = 2, kColumns = kHeads * kHeadDim;
+    const AttentionSize sizes[] = {{3, 14, 7, 3, kHeads},  {3, 8, 8, 0, kHeads},
+                                   {3, 12, 12, 0, kHeads}, {3, 32, 16, 8, kHeads},
+                                   {3, 24, 24, 0, kHeads}, {3, 10, 5, 2, kHeads}};
+    for (const AttentionSize& size : sizes) {
+        const int64_t tokens = static_cast<int64_t>(size.resolution) * size.resolution;
+        AttentionProblem problem(type, size, Logits::kOrdinary);
+        GuardedBuffer out(3 * tokens * kColumns);
+        AttentionArguments a = problem.arguments(Type::kInt8, out.get());
+        for (float value : {0.5f, std::nanf(""), INFINITY, -INFINITY}) {
+            for (int part = 0; part < 3; ++part) {
+                for (int64_t token : {int64_t{0}, tokens / 2 + 1, tokens - 1}) {
+                    const int64_t row = (tokens + token) * 3 + part;
+                    const int64_t index = row * kColumns + (7 * token + 31 * part) % kColumns;
+                    DeviceArray<int> status(std::vector<int>(3, 0));
+                    a.status = status.get();
+                    plant(type, const_cast<void*>(a.qkv), index, value);
+                    const std::string label = describe(size) + " " + std::to_string(value) +
+                                              " in " + "qkv"[part] + " of token " +
+                                              std::to_string(token);
+                    const bool ran = group.attempt(label, [&] { attention(a, nullptr); });
+                    plant(type, const_cast<void*>(a.qkv), index, 0.5f);
+                    if (!ran) continue;
+                    const int wanted = !std::isfinite(value);
+                    group.check(status.read() == std::vector<int>({0, wanted, 0}), label,
+                                "a status of 1 for the image if it is not finite, else 0");
+                }
+            }
+        }
+    }
+}
+
 }  // namespace
 
 void attention_suite(Report& report) {
@@ -91,6 +128,10 @@ void attention_suite(Report& report) {
                 });
         }
     }
+    report.group("non-finite half attention", 200,
+                 [](Group& group) { bad_operands(group, Type::kHalf); });
+    report.group("non-finite float attention", 200,
+                 [](Group& group) { bad_operands(group, Type::kFloat); });
 }
 
 }  // namespace swinq::testing

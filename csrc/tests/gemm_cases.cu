@@ -125,7 +125,8 @@ void epilogues(Group& group, Type operand, const Combination (&combinations)[kCo
                                    {64, 8, 16},
                                    {300, 1536, 384},
                                    {784, 576, 192},
-                                   {130, 104, 1024}});
+                                   {130, 104, 1024},
+                                   {8449, 776, 208}});  // several tiles a block
     }
     for (const Size& size : sizes) {
         GemmProblem problem(operand, size.m, size.n, size.k);

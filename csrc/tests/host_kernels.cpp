@@ -161,6 +161,10 @@ void attention(const AttentionArguments& a, cudaStream_t) {
     auto qkv = [&](int64_t t, int part, int head, int d) {
         return load(a.type, a.qkv, ((t * 3 + part) * a.heads + head) * kHeadDim + d);
     };
+    const int64_t values = int64_t{side} * side * 3 * a.heads * kHeadDim;  // of an image
+    for (int64_t i = 0; a.status && i < a.batch * values; ++i) {
+        if (!std::isfinite(load(a.type, a.qkv, i))) a.status[i / values] = 1;
+    }
     std::vector<float> s(static_cast<size_t>(tokens));
     const int across = side / a.window;
     for (int64_t job = 0; job < int64_t{a.batch} * across * across * a.heads * tokens; ++job) {

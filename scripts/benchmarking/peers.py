@@ -39,11 +39,11 @@ def runs(
 ) -> Iterator[Step]:
     """What there is to time, one after the other."""
     # inference tensors, which inference mode would make, are not what a user's model holds
-    with torch.inference_mode(False):
+    with torch.inference_mode(False), turn.borrow():
         net = build(model, device, dtype, fused=forms == ("compile-sdpa",))
     for batch in batches:
         shape = (batch, 3, model.img_size, model.img_size)
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), turn.borrow():
             images = torch.randn(shape, device=device, dtype=dtype)
         for form in forms:
             about: dict[str, Any] = {}
@@ -74,9 +74,10 @@ def build(
 
 
 def made(form: str, net: nn.Module, images: Tensor, turn: Turn, about: dict[str, Any]) -> Call:
-    """The call of a form. Only torch.compile's needs the GPU to itself by then: it tunes kernels.
+    """The call of a form.
 
     Args:
+        turn: borrowed for what torch.compile runs on the GPU, because it tunes kernels there.
         about: gets what a reader should know of this form.
     """
     if form == "eager":
@@ -89,7 +90,8 @@ def made(form: str, net: nn.Module, images: Tensor, turn: Turn, about: dict[str,
             traced(images)
         return lambda: traced(images)
     if form.startswith("torchao"):
-        quantize(net, images, static=form == "torchao-static", tuned=form == "torchao-tuned")
+        with turn.borrow():
+            quantize(net, images, static=form == "torchao-static", tuned=form == "torchao-tuned")
     return compiled(net, images, turn, about)
 
 
@@ -115,10 +117,12 @@ def graphed(net: nn.Module, images: Tensor) -> Call:
 def compiled(net: nn.Module, images: Tensor, turn: Turn, about: dict[str, Any]) -> Call:
     """torch.compile(mode="reduce-overhead") with freezing, or without where that fails."""
     import torch._inductor.config as settings
+    from torch._inductor import freezing as folding
     from torch._inductor.runtime import benchmarking
 
     timer: Any = benchmarking.benchmarker
     timer.benchmark_gpu = turn.borrowing(timer.benchmark_gpu)
+    folding.freeze = turn.borrowing(folding.freeze)
     for freezing in (True, False):
         settings.freezing = freezing
         torch._dynamo.reset()

@@ -1,41 +1,37 @@
-"""Runs tasks, a process each: they compile side by side; one that crashes or hangs ends alone."""
+"""Runs tasks, a process each, in rounds: all of one get ready together, then each is timed alone.
+
+While one is timed, the others wait or have ended: nothing else runs on the GPU or on the host. A
+process that crashes or hangs ends alone.
+"""
 
 from __future__ import annotations
 
-import json
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from benchmarking.cases import FORMS, TUNED, Task
-from benchmarking.peers import one_thread_compiles
-from benchmarking.records import Key, key
-from benchmarking.task import LONGEST_ERROR, MARK
+from benchmarking.worker import Add, Worker
 
-TASK_LIMIT_S = 240.0
+TASK_LIMIT_S = 240.0  # to get ready, and again to be timed
 TUNED_LIMIT_S = 540.0
-QUICK_JOBS = 2
-SHORTEST_S = 45.0  # a task is not started with less time left
-STOPPED = "it ran out of time"
-
-Add = Callable[[dict[str, Any]], None]
+QUICK_JOBS = 4  # what they capture for all their batches lies in the GPU's memory together
+SHORTEST_S = 45.0  # a round is not started with less time left
 
 
 def run_all(
     tasks: Sequence[Task], command: Sequence[str], jobs: int, deadline: float | None, add: Add
 ) -> list[Task]:
-    """Run tasks; those that compile so many at once, the others beside them.
+    """Run tasks; those that compile apart from the others, because they tune kernels meanwhile.
 
     Args:
         command: starts a process that takes `--task JSON --turn FILE`.
-        jobs: compiling processes at a time.
+        jobs: processes at a time.
         deadline: on the monotonic clock; what runs then is stopped. None: no end.
         add: gets every row, one at a time.
 
@@ -50,60 +46,49 @@ def run_all(
             add(row)
 
     with tempfile.NamedTemporaryFile(prefix="gpu-turn-") as turn:
-
-        def attempt(task: Task) -> None:
-            limit = TUNED_LIMIT_S if task.forms == (TUNED,) else TASK_LIMIT_S
-            left = limit if deadline is None else deadline - time.monotonic()
-            if left < SHORTEST_S:
-                late.append(task)
-                return
-            arguments = [*command, "--task", json.dumps(asdict(task)), "--turn", turn.name]
-            seen, failure = _run(arguments, min(limit, left), say)
-            missing = [row for row in task.rows() if row not in seen]
-            if missing and failure == STOPPED and left < limit:
-                late.append(task)
-                return
-            for model, batch, form in missing:
-                say({"model": model, "batch": batch, "form": form, "error": failure})
-
-        compiling = [task for task in tasks if FORMS[task.forms[0]].compiled]
-        quick = [task for task in tasks if not FORMS[task.forms[0]].compiled]
-        with ThreadPoolExecutor(jobs) as slow_pool, ThreadPoolExecutor(QUICK_JOBS) as pool:
-            done = [pool.submit(attempt, task) for task in quick]
-            done += [slow_pool.submit(attempt, task) for task in compiling]
-        for future in done:
-            future.result()
+        for together in _rounds(tasks, jobs):
+            if _left(deadline) < SHORTEST_S:
+                late += together
+                continue
+            workers = [Worker(task, command, Path(turn.name), say) for task in together]
+            try:
+                late += _run_round(workers, deadline, say)
+            finally:
+                for worker in workers:
+                    worker.end()
     return late
 
 
-def _run(arguments: Sequence[str], limit: float, say: Add) -> tuple[set[Key], str]:
-    """The rows that a process printed, and why there are no more."""
-    seen: set[Key] = set()
-    stopped = threading.Event()
-    with tempfile.TemporaryFile("w+") as errors:
-        with subprocess.Popen(
-            arguments, stdout=subprocess.PIPE, stderr=errors, text=True, env=one_thread_compiles()
-        ) as process:
+def _rounds(tasks: Sequence[Task], jobs: int) -> Iterator[list[Task]]:
+    for compiled, most in ((False, min(jobs, QUICK_JOBS)), (True, jobs)):
+        alike = [task for task in tasks if FORMS[task.forms[0]].compiled is compiled]
+        for first in range(0, len(alike), most):
+            yield alike[first : first + most]
 
-            def stop() -> None:
-                stopped.set()
-                process.kill()
 
-            timer = threading.Timer(limit, stop)
-            timer.start()
-            assert process.stdout is not None
-            for line in process.stdout:
-                if line.startswith(MARK):
-                    row = json.loads(line.removeprefix(MARK))
-                    seen.add(key(row))
-                    say(row)
-            code = process.wait()
-            timer.cancel()
-        errors.seek(0)
-        tail = errors.read()[-LONGEST_ERROR:].strip()
-    if stopped.is_set():
-        return seen, STOPPED
-    return seen, f"the process ended with code {code}: {tail}"
+def _run_round(workers: Sequence[Worker], deadline: float | None, say: Add) -> list[Task]:
+    """Time every worker alone; the tasks that the deadline cut short."""
+    with ThreadPoolExecutor(len(workers)) as pool:
+        list(pool.map(lambda worker: worker.get_ready(_limit(worker, deadline)), workers))
+    late = []
+    for worker in workers:
+        worker.have_turn(_limit(worker, deadline))
+        if worker.missing() and worker.stopped and _left(deadline) <= 0:
+            late.append(worker.task)
+            continue
+        for model, batch, form in worker.missing():
+            say({"model": model, "batch": batch, "form": form, "error": worker.failure()})
+    return late
+
+
+def _limit(worker: Worker, deadline: float | None) -> float:
+    """Seconds that a worker may take now."""
+    limit = TUNED_LIMIT_S if worker.task.forms == (TUNED,) else TASK_LIMIT_S
+    return max(0.0, min(limit, _left(deadline)))
+
+
+def _left(deadline: float | None) -> float:
+    return float("inf") if deadline is None else deadline - time.monotonic()
 
 
 def command_of(script: Path, device: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from benchmarking.timing import Call, Step, measured
 from benchmarking.turn import Turn
 
 MARK = "ROW "  # starts a line of standard output that holds a row
+READY = "READY"  # a line that asks for the turn; the answer is a line of standard input
 LONGEST_ERROR = 600
 
 Say = Callable[[dict[str, Any]], None]
@@ -66,6 +68,13 @@ def main(text: str, device: str, turn_file: str) -> int:
     """Run the task that `text` describes and print its rows."""
     said = json.loads(text)
     task = Task(said["model"], tuple(said["forms"]), tuple(said["batches"]))
-    turn = Turn(Path(turn_file) if turn_file else None)
+    turn = Turn(Path(turn_file), ask_for_turn) if turn_file else Turn()
     run(task, torch.device(device), turn, lambda row: print(MARK + json.dumps(row), flush=True))
     return 0
+
+
+def ask_for_turn() -> None:
+    """Say that all is ready, and wait for the program that started this one."""
+    print(READY, flush=True)
+    if not sys.stdin.readline():
+        sys.exit("the program that gives turns has ended")

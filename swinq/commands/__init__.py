@@ -11,6 +11,7 @@ _MODULES = {
     "eval": "swinq.commands.evaluate",
     "export": "swinq.commands.export",
     "throughput": "swinq.commands.throughput",
+    "train": "swinq.commands.train",
 }
 
 

@@ -5,35 +5,22 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from swinq import api, console, distributed
 from swinq.calib.calibrate import Calibration
+from swinq.commands.judging import Judged, Judging
 from swinq.commands.session import RankImages, Session, load_model, weights_of
 from swinq.config import Config
 from swinq.data.dataset import ImageDataset
 from swinq.data.sampling import calibration_indices, sample_digest
 from swinq.errors import ConfigError
-from swinq.evaluate import Comparison, Scores, compare
 from swinq.export.calibrated import write_calibrated
-from swinq.int8 import choice
 from swinq.int8.choice import IntegerModel
 from swinq.quant.insert import set_int8_mode
 from swinq.quant.spec import QuantSpec
-
-
-@dataclass(frozen=True)
-class Judged:
-    """One form of the model and how it did."""
-
-    name: str
-    kind: str  # float, fake-quant, int8
-    mode: int | None
-    scores: Scores
-    comparison: Comparison | None  # against float
-    engine: str = ""  # what ran it, of INT8
+from swinq.report.schema import TrainingSummary
 
 
 @dataclass(frozen=True)
@@ -50,6 +37,7 @@ class Outcome:
     judged: list[Judged]
     seconds: float  # that the calibration took, without judging
     notes: list[str]
+    training: TrainingSummary | None = None  # of --train
 
 
 def run(config: Config) -> int:
@@ -74,8 +62,38 @@ def run(config: Config) -> int:
 def _calibrate(
     session: Session, spec: QuantSpec, model: nn.Module, train: ImageDataset, val: ImageDataset
 ) -> Outcome:
+    quantized, sample, seconds = find_ranges(session, spec, model, train)
+    files, notes = write_checkpoints(session, quantized, session.calibrated_path())
+    distributed.barrier()
+    judging = Judging(session, val, model)
+    for mode in session.modes:
+        judging.add(f"fake-quant mode {mode}", "fake-quant", mode, set_int8_mode(quantized, mode))
+    judging.add_exported(files)
+    found: Calibration = quantized.calibration  # type: ignore[assignment]
+    return Outcome(
+        float_model=model,
+        quantized=quantized,
+        calibration=found,
+        sample=sample,
+        train=train,
+        val=val,
+        files=files,
+        judged=judging.judged,
+        seconds=seconds,
+        notes=[*found.notes, *notes, *judging.notes],
+    )
+
+
+def find_ranges(
+    session: Session, spec: QuantSpec, model: nn.Module, train: ImageDataset
+) -> tuple[nn.Module, list[int], float]:
+    """Calibrate a quantized copy of a float model on the session's sample of the training images.
+
+    Returns:
+        the copy, with its `calibration`; the images' indices; the seconds it took.
+    """
     calib = session.config.CALIB
-    sample = calibration_indices(len(train), calib.NUM_BATCHES * calib.BATCH_SIZE, calib.SEED)
+    sample = calibration_sample(session, train)
     method = f"percentile {calib.PERCENTILE}" if calib.METHOD == "percentile" else calib.METHOD
     console.say(
         f"calibration: {len(sample)} images of {train.description}, recipe "
@@ -101,30 +119,23 @@ def _calibrate(
         f"{max(found.residual_max.values()):.1f}"
     )
     found.sample_sha256 = sample_digest(train, sample)
-    files, notes = _write_checkpoints(session, quantized, found)
-    distributed.barrier()
-    judged = _judge(session, model, quantized, val, files, notes)
-    return Outcome(
-        float_model=model,
-        quantized=quantized,
-        calibration=found,
-        sample=sample,
-        train=train,
-        val=val,
-        files=files,
-        judged=judged,
-        seconds=seconds,
-        notes=[*found.notes, *notes],
-    )
+    return quantized, sample, seconds
 
 
-def _write_checkpoints(
-    session: Session, quantized: nn.Module, found: Calibration
+def calibration_sample(session: Session, train: ImageDataset) -> list[int]:
+    """The indices of the training images that the configuration calibrates on."""
+    calib = session.config.CALIB
+    return calibration_indices(len(train), calib.NUM_BATCHES * calib.BATCH_SIZE, calib.SEED)
+
+
+def write_checkpoints(
+    session: Session, quantized: nn.Module, calibrated: Path
 ) -> tuple[dict[str, Path], list[str]]:
     """Write the calibrated checkpoint and each mode's INT8 one on rank 0; name them on all."""
     spec: QuantSpec = quantized.quant_spec  # type: ignore[assignment]
+    found: Calibration = quantized.calibration  # type: ignore[assignment]
     transform = session.transform(quantized)
-    files = {"calibrated": session.calibrated_path()}
+    files = {"calibrated": calibrated}
     notes: list[str] = []
     problem = spec.exportable_problem()
     if problem is None:
@@ -145,40 +156,3 @@ def _write_checkpoints(
         for label, path in files.items():
             console.say(f"  {label}: {path} ({path.stat().st_size / 2**20:.2f} MiB)")
     return files, notes
-
-
-def _judge(
-    session: Session,
-    model: nn.Module,
-    quantized: nn.Module,
-    val: ImageDataset,
-    files: dict[str, Path],
-    notes: list[str],
-) -> list[Judged]:
-    """Evaluate float, fake-quant and INT8 on the same images, over all ranks."""
-    if not val.labelled:
-        notes.append(f"accuracy was not measured: {val.description} has no labels")
-        console.say(f"note: {notes[-1]}", "warning")
-        return []
-    reference = session.predictions(model, val, "float")
-    judged = [Judged("float", "float", None, reference.scores(), None)]
-
-    def add(name: str, kind: str, mode: int, form: Any) -> None:
-        said = session.predictions(form, val, name)
-        engine = getattr(form, "engine", "")
-        judged.append(Judged(name, kind, mode, said.scores(), compare(reference, said), engine))
-
-    for mode in session.modes:
-        add(f"fake-quant mode {mode}", "fake-quant", mode, set_int8_mode(quantized, mode))
-    for mode in session.modes:
-        path = files.get(f"INT8 mode {mode}")
-        if path is not None:
-            int8 = choice.load(
-                path, int8_mode=mode, device=session.device, engine=session.config.ENGINE
-            )
-            for note in int8.notes:
-                if note not in notes:
-                    notes.append(note)
-                    console.say(f"note: {note}", "warning")
-            add(f"INT8 mode {mode}", "int8", mode, int8)
-    return judged

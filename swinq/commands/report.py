@@ -16,8 +16,9 @@ from torch import Tensor
 from swinq import config as configuration
 from swinq import console
 from swinq.calib.observers import bin_edges
-from swinq.commands.calib import Judged, Outcome
+from swinq.commands.calib import Outcome
 from swinq.commands.forms import half_form
+from swinq.commands.judging import Judged
 from swinq.commands.session import Session, weights_of
 from swinq.data.dataset import ImageDataset
 from swinq.data.loader import BatchLoader
@@ -50,6 +51,7 @@ from swinq.report.sensitivity import measure_sensitivity, suggest_exclusions
 from swinq.report.tensorboard import write_tensorboard
 from swinq.report.verdict import headline
 from swinq.report.write import write_report
+from swinq.train.ranges import kind_of
 
 LATENCY_WARMUP = 3
 LATENCY_REPEATS = 31  # forwards of each model, fewer where they take long
@@ -81,6 +83,7 @@ def write(session: Session, outcome: Outcome) -> Path:
         layer_error_images=sum(map(len, batches)),
         sensitivity=_sensitivity(session, outcome, batches) if batches else None,
         latency=_latency(session, outcome),
+        training=outcome.training,
         warnings=_warnings(outcome),
         notes=[*outcome.notes, *notes],
     )
@@ -197,6 +200,7 @@ def _quantizers(session: Session, outcome: Outcome, batches: list[Tensor]) -> li
     used = used_quantizers(outcome.quantized)
     clipped = measure_clipping(outcome.quantized, list(used), batches) if batches else {}
     edges = bin_edges()
+    learned = outcome.training.learned_ranges if outcome.training else []
     rows = []
     for name, quantizer in named_quantizers(outcome.quantized).items():
         if name not in used:
@@ -204,6 +208,8 @@ def _quantizers(session: Session, outcome: Outcome, batches: list[Tensor]) -> li
         method = searched if name in found.histograms else "max"
         if name.rpartition(".")[0] in found.vectors and name.endswith(".input_quantizer"):
             method = "per input channel"
+        if kind_of(name) in learned:
+            method = f"learned, from {method}"
         rows.append(
             quantizer_row(
                 name,
@@ -326,7 +332,8 @@ def _next_command(session: Session, outcome: Outcome, paths: dict[str, Path]) ->
     """What a user most likely does now; flags of this run that still mean something are kept."""
     if session.config.DEMO:
         weights = "swin_tiny_patch4_window7_224.pth"
-        flags = ["--calib", "--resume", weights, "--data-path", "/data/imagenet"]
+        action = "--train" if outcome.training else "--calib"
+        flags = [action, "--resume", weights, "--data-path", "/data/imagenet"]
         return shlex.join([*launcher(), *flags])
     if "recipe" in paths:
         return _command_with({"--recipe": str(paths["recipe"]), "--tag": "excluded"})

@@ -16,7 +16,7 @@ from swinq import api, console, distributed, preflight
 from swinq import config as configuration
 from swinq.config import Config
 from swinq.data.archive import ZipDataset
-from swinq.data.dataset import ImageDataset
+from swinq.data.dataset import ImageDataset, Transform
 from swinq.data.datasets import open_dataset
 from swinq.data.loader import BatchLoader
 from swinq.data.sampling import calibration_indices
@@ -53,20 +53,22 @@ class Session:
 
         Args:
             action: calib's configuration is config.yaml, another's config_<action>.yaml, so that
-                a later look at a run's files does not replace what they were made with.
+                a later look at a run's files does not replace what they were made with. What
+                train makes is called <model>_qat, in a folder qat if no tag is given.
         """
         if config.DEMO:
             torch.set_num_threads(1)  # the micro-Swin is too small to be worth sharing out
         weights = weights_of(config)
         stated = "MODEL.NAME" in config.origins or weights is None
         name = config.MODEL.NAME if stated else Path(weights or "").stem.removesuffix("_calib")
-        folder = Path(config.OUTPUT) / name / config.TAG
+        tag = config.TAG if action != "train" or "TAG" in config.origins else "qat"
+        folder = Path(config.OUTPUT) / name / tag
         device = distributed.select_device(config.DEVICE)
         choice.require(config.ENGINE, device)  # before anything is computed
         session = cls(
             config=config,
             device=device,
-            name=name,
+            name=f"{name}_qat" if action == "train" else name,
             folder=folder,
             checkpoints=Path(config.CALIB.OUTPUT_PATH or folder),
         )
@@ -88,6 +90,10 @@ class Session:
     def int8_path(self, mode: int) -> Path:
         """Where the INT8 checkpoint of a mode goes."""
         return self.checkpoints / f"{self.name}_int8_mode{mode}.safetensors"
+
+    def trained_path(self) -> Path:
+        """Where the best model of a training run goes, as a calibrated checkpoint."""
+        return self.checkpoints / f"{self.name}.safetensors"
 
     def calibrated_path(self) -> Path:
         """Where the calibrated checkpoint goes."""
@@ -115,13 +121,13 @@ class Session:
         """Whether a flag or --opts states one of these keys."""
         return any(self.config.origins.get(key, "").startswith("--") for key in keys)
 
-    def dataset(self, split: str, model: Any) -> ImageDataset:
-        """Open the images of a split for a model."""
+    def dataset(self, split: str, model: Any, transform: Transform | None = None) -> ImageDataset:
+        """Open the images of a split for a model, with its evaluation transform or another."""
         data = self.config.DATA
         opened = open_dataset(
             data.DATA_PATH,
             split,
-            self.transform(model),
+            transform or self.transform(model),
             zip_mode=data.ZIP_MODE,
             cache_mode=data.CACHE_MODE,
             num_classes=model.arch.num_classes,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import signal
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
-from swinq.data.dataset import ImageDataset
 from swinq.data.images import UnreadableImageError, unreadable
 from swinq.errors import ConfigError, DataError
 
@@ -18,6 +19,26 @@ LOOK_AHEAD = 512
 
 _Loaded = tuple[int, Tensor | None, int, str]  # index, pixels, label, why there are no pixels
 _Collated = tuple[Tensor, Tensor, Tensor, list[tuple[int, str]]]
+
+
+class Images(Protocol):
+    """What a loader asks of a data set: an ImageDataset, or one that is indexed by other keys."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]: ...
+
+    def path(self, index: int) -> str:
+        """The name to call an image in an error."""
+
+    def preload(self, indices: Iterable[int]) -> None:
+        """Hears once which images will be asked for."""
+
+
+class Batches(Protocol):
+    """The indices of each batch; they may be made only when they are asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __iter__(self) -> Iterator[Sequence[int]]: ...
 
 
 @dataclass(frozen=True)
@@ -50,8 +71,8 @@ class BatchLoader:
 
     def __init__(
         self,
-        dataset: ImageDataset,
-        batches: Sequence[Sequence[int]],
+        dataset: Images,
+        batches: Batches,
         *,
         num_workers: int = 0,
         pin_memory: bool = False,
@@ -77,6 +98,8 @@ class BatchLoader:
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             multiprocessing_context=self.start_method,
+            worker_init_fn=_leave_signals_to_parent,
+            generator=torch.Generator(),  # else the global one would be drawn from
         )
         failures: list[tuple[str, str]] = []
         checked = checked_at_first = 0
@@ -102,10 +125,17 @@ class BatchLoader:
             raise unreadable(failures, checked)
 
 
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ctrl-C and a scheduler's signals reach the whole process group; workers go on until told."""
+    signal.set_wakeup_fd(-1)  # a fork shares its parent's, which would take ours for its own
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+
+
 class _Guarded(Dataset[_Loaded]):
     """Returns what went wrong as data: exceptions lose their fields between processes."""
 
-    def __init__(self, dataset: ImageDataset) -> None:
+    def __init__(self, dataset: Images) -> None:
         self.dataset = dataset
 
     def __getitem__(self, index: int) -> _Loaded:
@@ -119,7 +149,7 @@ class _Guarded(Dataset[_Loaded]):
 class _Lists:
     """The batches as lists of int, made one at a time."""
 
-    def __init__(self, batches: Sequence[Sequence[int]]) -> None:
+    def __init__(self, batches: Batches) -> None:
         self.batches = batches
 
     def __len__(self) -> int:
@@ -132,7 +162,8 @@ class _Lists:
 def _collate(loaded: list[_Loaded]) -> _Collated:
     good = [(index, pixels, label) for index, pixels, label, _ in loaded if pixels is not None]
     failed = [(index, reason) for index, pixels, _, reason in loaded if pixels is None]
-    images = torch.stack([pixels for _, pixels, _ in good]) if good else torch.empty(0)
+    # In a worker it stacks into shared memory at once; torch.stack's result would be copied there
+    images = default_collate([pixels for _, pixels, _ in good]) if good else torch.empty(0)
     labels = torch.tensor([label for _, _, label in good], dtype=torch.int64)
     indices = torch.tensor([index for index, _, _ in good], dtype=torch.int64)
     return images, labels, indices, failed

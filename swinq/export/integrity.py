@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from swinq.errors import ExportError
@@ -30,7 +31,8 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def digest(tensor: torch.Tensor) -> str:
     """SHA-256 in hex of a tensor's elements as the file holds them: row-major, little-endian."""
-    return hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest()
+    elements = np.ascontiguousarray(tensor.detach().cpu().numpy())
+    return hashlib.sha256(elements.data).hexdigest()
 
 
 def digests(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -11,12 +11,18 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
+from swinq.errors import SwinqError
 from swinq.export.format import FP16
 from swinq.int8 import reference
 from swinq.int8.matmul import IntegerMatrix
 
 # Shown every int8 tensor: name, codes. Tests and op-by-op comparisons listen.
 Tap = Callable[[str, Tensor], None]
+
+OVERFLOW_FIX = (
+    "look at the images; if they are ordinary, calibrate on more of them and export again, which "
+    "checks the largest residual"
+)
 
 
 class Norm:
@@ -113,8 +119,15 @@ class HalfAttention:
         self._scale = tensors[f"{name}.softmax_scale"].view(-1, 1, 1)
 
     def __call__(self, qkv: Tensor, bias: Tensor, unit: int, tap: Tap | None = None) -> Tensor:
-        """qkv (W, N, 3C) fp32 -> (W, N, C) fp32, `unit` windows at a time."""
-        q, k, v = reference.split_heads(reference.half(qkv), len(self._scale))
+        """qkv (W, N, 3C) fp32 -> (W, N, C) fp32, `unit` windows at a time.
+
+        Raises:
+            SwinqError: q, k or v left the range of fp16. proj's codes would hide it.
+        """
+        rounded = reference.half(qkv)
+        if not bool(rounded.isfinite().all()):
+            raise SwinqError(f"q, k or v of {self.name} overflowed on these images", OVERFLOW_FIX)
+        q, k, v = reference.split_heads(rounded, len(self._scale))
         outputs = []
         for start in range(0, len(q), unit):
             part = slice(start, start + unit)

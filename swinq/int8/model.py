@@ -20,7 +20,7 @@ from swinq.int8.block import Block, Merge
 from swinq.int8.block_v1 import BlockV1, MergeV1
 from swinq.int8.block_v2 import BlockV2, MergeV2
 from swinq.int8.images import require_finite, require_images
-from swinq.int8.layers import Norm, Tap
+from swinq.int8.layers import OVERFLOW_FIX, Norm, Tap
 from swinq.models.architecture import Architecture
 
 _PARTS: dict[int, tuple[type[Block], type[Merge]]] = {1: (BlockV1, MergeV1), 2: (BlockV2, MergeV2)}
@@ -107,7 +107,8 @@ class Int8Swin:
 
         Raises:
             DataError: another shape, not floats, or values that are no finite fp16 numbers.
-            SwinqError: the residual stream or the logits left the range of fp16 or fp32.
+            SwinqError: the residual stream, the logits, or q, k or v of an attention in fp16 left
+                the range of fp16 or fp32.
         """
         return self._run(images, None)
 
@@ -193,7 +194,5 @@ class Int8Swin:
     def _require_finite(self, x: Tensor, what: str) -> None:
         if not bool(x.isfinite().all()):
             raise SwinqError(
-                f"{self.checkpoint.path}: {what} overflowed on these images",
-                "look at the images; if they are ordinary, calibrate on more of them and export "
-                "again, which checks the largest residual",
+                f"{self.checkpoint.path}: {what} overflowed on these images", OVERFLOW_FIX
             )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from timm.layers import DropPath, trunc_normal_
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -134,6 +134,35 @@ class Mlp(nn.Module):
         return self.fc2(self.act(self.fc1(x)))
 
 
+class DropPath(nn.Module):
+    """In training, leaves a residual branch out of some images and enlarges it in the others.
+
+    Stochastic depth (Huang et al. 2016, arXiv 1603.09382). The rate is a buffer, not a number:
+    torch.compile would make a graph for each number.
+    """
+
+    rate: Tensor
+
+    def __init__(self, rate: float = 0.0) -> None:
+        super().__init__()
+        self.register_buffer("rate", torch.tensor(float(rate)), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (B, ...), each image either 0 or divided by 1 - rate."""
+        if not self.training:
+            return x
+        keep = 1.0 - self.rate
+        drawn = torch.rand([len(x)] + [1] * (x.ndim - 1), device=x.device)  # fp32
+        return x * ((drawn < keep) / keep).to(x.dtype)
+
+
+def set_drop_path(model: nn.Module, rate: float) -> None:
+    """Set the rate of the last block of a model; it grows linearly from 0 at the first."""
+    paths = [module for module in model.modules() if isinstance(module, DropPath)]
+    for index, path in enumerate(paths):
+        path.rate.fill_(rate * index / max(len(paths) - 1, 1))
+
+
 class WindowBlock(nn.Module):
     """The parts of a block of either version, and attention over (shifted) windows of a map.
 
@@ -142,16 +171,14 @@ class WindowBlock(nn.Module):
 
     attn_mask: Tensor | None
 
-    def __init__(
-        self, arch: Architecture, stage: Stage, index: int, drop_path: float, attn: nn.Module
-    ) -> None:
+    def __init__(self, arch: Architecture, stage: Stage, index: int, attn: nn.Module) -> None:
         super().__init__()
         self.resolution = stage.resolution
         self.window = stage.window
         self.shift = stage.shift if index % 2 else 0
         self.norm1 = nn.LayerNorm(stage.dim, eps=arch.norm_eps)
         self.attn = attn
-        self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.drop_path = DropPath()
         self.norm2 = nn.LayerNorm(stage.dim, eps=arch.norm_eps)
         self.mlp = Mlp(stage.dim, int(stage.dim * arch.mlp_ratio))
         self.stream = nn.Identity()  # the residual stream after each of the two adds
@@ -200,25 +227,23 @@ class SwinBase(nn.Module):
         self,
         arch: Architecture,
         drop_path_rate: float,
-        block: Callable[[Architecture, Stage, int, float], nn.Module],
+        block: Callable[[Architecture, Stage, int], nn.Module],
         merge: Callable[[Architecture, Stage], nn.Module],
     ) -> None:
         """Build the tree.
 
         Args:
             drop_path_rate: of the last block; it grows linearly from 0 at the first.
-            block: makes block `index` of a stage with the given drop path rate.
+            block: makes block `index` of a stage.
             merge: makes the patch merging at the end of a stage.
         """
         super().__init__()
         arch.validate()
         self.arch = arch
-        total = sum(arch.depths)
-        rates = iter(drop_path_rate * i / max(total - 1, 1) for i in range(total))
         self.patch_embed = PatchEmbed(arch)
         self.layers = nn.ModuleList(
             BasicLayer(
-                [block(arch, stage, index, next(rates)) for index in range(stage.depth)],
+                [block(arch, stage, index) for index in range(stage.depth)],
                 merge(arch, stage) if stage.merges else None,
             )
             for stage in arch.stages()
@@ -227,6 +252,7 @@ class SwinBase(nn.Module):
         self.norm = nn.LayerNorm(features, eps=arch.norm_eps)
         self.head = nn.Linear(features, arch.num_classes)
         self.apply(_init_linear)
+        set_drop_path(self, drop_path_rate)
 
     def set_gradient_checkpointing(self, on: bool) -> None:
         """Trade time for memory in training: keep only the input of each block."""

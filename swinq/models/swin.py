@@ -76,9 +76,9 @@ class WindowAttention(nn.Module):
 class SwinTransformerBlock(WindowBlock):
     """Pre-norm window attention and MLP; odd blocks attend over windows shifted by half."""
 
-    def __init__(self, arch: Architecture, stage: Stage, index: int, drop_path: float) -> None:
+    def __init__(self, arch: Architecture, stage: Stage, index: int) -> None:
         attn = WindowAttention(stage.dim, stage.heads, stage.window, arch.qkv_bias)
-        super().__init__(arch, stage, index, drop_path, attn)
+        super().__init__(arch, stage, index, attn)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H*W, C) -> (B, H*W, C)."""

@@ -122,11 +122,11 @@ class CosineWindowAttention(nn.Module):
 class SwinTransformerV2Block(WindowBlock):
     """Window attention and MLP, each normalised before it joins the residual stream."""
 
-    def __init__(self, arch: Architecture, stage: Stage, index: int, drop_path: float) -> None:
+    def __init__(self, arch: Architecture, stage: Stage, index: int) -> None:
         attn = CosineWindowAttention(
             stage.dim, stage.heads, stage.window, stage.pretrained_window, arch.qkv_bias
         )
-        super().__init__(arch, stage, index, drop_path, attn)
+        super().__init__(arch, stage, index, attn)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, H*W, C) -> (B, H*W, C)."""

@@ -55,14 +55,67 @@ def round_half_even(x: Tensor) -> Tensor:
     return x.round()
 
 
-def quantize(x: Tensor, inverse: Tensor, low: int = -128, high: int = 127) -> Tensor:
+def quantize(
+    x: Tensor, inverse: Tensor, low: int = -128, high: int = 127, log_amax: Tensor | None = None
+) -> Tensor:
     """Return integer codes, as an fp32 tensor of x's shape.
 
     Codes stay in fp32 because products of codes summed in fp32 are exact integers below 2**24.
-    The gradient is ``inverse`` inside the range and 0 outside it.
+    The gradient of x is ``inverse`` inside the range and 0 outside it.
 
     Args:
         x: any float type; the multiply is fp32 whatever it is, so that halves round once.
-        inverse: fp32, broadcasts against x.
+        inverse: fp32, broadcasts against x; no gradient goes to it.
+        log_amax: of inverse's shape, takes the gradient of a learned range as in LSQ (Esser et al.
+            2020), for the logarithm as in TQT (Jain et al. 2019). It is that of codes * scale, so
+            what the codes meet next must be linear and treat the scale as a constant.
     """
-    return round_half_even((x.float() * inverse).clamp(low, high))
+    if torch.is_grad_enabled():
+        if log_amax is not None and log_amax.requires_grad:
+            return _QuantizeInLearnedRange.apply(x, inverse, log_amax, low, high)
+        if x.requires_grad:
+            return _QuantizeStraightThrough.apply(x, inverse, low, high)
+    return _round_and_clamp(x.float() * inverse, low, high)
+
+
+def _round_and_clamp(scaled: Tensor, low: int, high: int) -> Tensor:
+    return scaled.clamp(low, high).round()
+
+
+class _QuantizeStraightThrough(torch.autograd.Function):
+    """Codes of x; keeps one byte an element for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, inverse: Tensor, low: int, high: int) -> Tensor:
+        scaled = x.float() * inverse
+        ctx.save_for_backward((scaled >= low) & (scaled <= high), inverse)
+        ctx.dtype = x.dtype
+        return _round_and_clamp(scaled, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        inside, inverse = ctx.saved_tensors
+        grad_x = torch.where(inside, grads[0] * inverse, 0.0)
+        return grad_x.to(ctx.dtype), None, None, None
+
+
+class _QuantizeInLearnedRange(torch.autograd.Function):
+    """Codes of x, and LSQ's gradient for log amax: code - x/s inside, the code outside."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, inverse: Tensor, log_amax: Tensor, low: int, high: int
+    ) -> Tensor:
+        ctx.save_for_backward(x, inverse)
+        ctx.low, ctx.high, ctx.range_shape = low, high, log_amax.shape
+        return _round_and_clamp(x.float() * inverse, low, high)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, Tensor, None, None]:
+        x, inverse = ctx.saved_tensors
+        scaled = x.float() * inverse
+        inside = (scaled >= ctx.low) & (scaled <= ctx.high)
+        error = _round_and_clamp(scaled, ctx.low, ctx.high) - torch.where(inside, scaled, 0.0)
+        grad_x = torch.where(inside, grads[0] * inverse, 0.0)
+        grad_range = (grads[0] * error).sum_to_size(ctx.range_shape)
+        return grad_x.to(x.dtype), None, grad_range, None, None

@@ -12,17 +12,48 @@ sum of the very codes that were used removes the rounding error's mean.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from swinq.quant.affine import round_half_even
-from swinq.quant.linear import QuantLinear, round_to_half
+from swinq.quant.linear import QuantLinear, multiply_codes, product_type, round_to_half
 from swinq.quant.quantizer import QuantDescriptor, TensorQuantizer
 from swinq.quant.spec import QuantSpec
 
 PROBABILITY_LEVELS = 255
+
+
+def row_max_codes(s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes rint(255 exp(s - row maximum)) of s (..., N) fp32, and their sums (..., 1) fp32.
+
+    Args:
+        dtype: of the codes; 0..255 are exact in any float type.
+    """
+    if torch.is_grad_enabled() and s.requires_grad:
+        return _RowMaxCodes.apply(s, dtype)
+    p = round_half_even((s - s.amax(-1, keepdim=True)).exp() * PROBABILITY_LEVELS)
+    return p.to(dtype), p.sum(-1, keepdim=True)
+
+
+class _RowMaxCodes(torch.autograd.Function):
+    """`row_max_codes`, straight through: the gradient of s is the softmax's at the rounded codes.
+
+    None flows through the row maximum: (p v) / sum p does not change when p is scaled.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        p, total = row_max_codes(s, dtype)
+        ctx.save_for_backward(p)
+        return p, total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (p,) = ctx.saved_tensors
+        return (grads[0] + grads[1]) * p, None
 
 
 class QuantAttention(nn.Module):
@@ -127,12 +158,13 @@ class QuantAttention(nn.Module):
         A scale broadcasts against its codes; softmax_scale is (heads,) fp32.
         """
         factor = (q[1] * k[1]) * softmax_scale.view(-1, 1, 1)
-        s = self._add_bias_and_mask((q[0] @ k[0].transpose(-2, -1)) * factor, mask)
+        s = multiply_codes(q[0], k[0].transpose(-2, -1), factor)
+        s = self._add_bias_and_mask(s, mask)
         if self.static_probabilities:
             p, p_scale = self.a_quantizer.codes(s.softmax(-1))
-            return _merge_heads((p @ v[0]) * (p_scale * v[1]))
-        p = round_half_even((s - s.amax(-1, keepdim=True)).exp() * PROBABILITY_LEVELS)
-        return _merge_heads((p @ v[0]) * (v[1] / p.sum(-1, keepdim=True)))
+            return _merge_heads(multiply_codes(p, v[0], p_scale * v[1]))
+        p, total = row_max_codes(s, product_type(s.device))
+        return _merge_heads(multiply_codes(p, v[0], v[1] / total))
 
 
 def _merge_heads(x: Tensor) -> Tensor:
@@ -194,8 +226,9 @@ class QuantCosineAttention(QuantAttention):
         return self.logit_scale.clamp(max=math.log(100.0)).exp().view(-1)
 
     def compact_relative_position_bias(self) -> Tensor:
-        """16 sigmoid(MLP(log-spaced offsets)), ((2W-1)^2, heads)."""
-        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        """16 sigmoid(MLP(log-spaced offsets)), ((2W-1)^2, heads) fp32, whatever the AMP type."""
+        with torch.autocast(self.relative_coords_table.device.type, enabled=False):
+            table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
         return 16 * torch.sigmoid(table)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -13,9 +13,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from swinq.quant.affine import WEIGHT_RANGE, quantize
+from swinq.quant.affine import WEIGHT_RANGE
 from swinq.quant.quantizer import QuantDescriptor, TensorQuantizer
 from swinq.quant.spec import UNROUNDED_IN_MODE_2, QuantSpec
+
+# On one operand's codes under autocast: exact in bf16 and fp16, and the sum of as many products as
+# a Swin has (8192 at most) stays within fp16's range. So do gradients, whose factor it enlarges.
+AMP_SHIFT = 2.0**-11
+
+
+def product_type(device: torch.device) -> torch.dtype:
+    """The type in which matrix products run: fp32, or that of autocast."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.get_autocast_dtype(device.type)
+    return torch.float32
+
+
+def multiply_codes(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
+    """Return (a @ b) * factor in fp32, where a and b hold integer codes of at most 256.
+
+    Under autocast the product runs in its type, in which the codes are exact; the sums, exact in
+    fp32, are rounded once to that type.
+
+    Args:
+        factor: fp32, broadcasts against the product.
+    """
+    if product_type(a.device) != torch.float32:
+        return (a @ (b * AMP_SHIFT)).float() * (factor / AMP_SHIFT)
+    return (a @ b) * factor
 
 
 def round_to_half(x: Tensor) -> Tensor:
@@ -72,7 +97,7 @@ class QuantLinear(nn.Module):
 
     def folded_weight(self) -> Tensor:
         """The weight (out, in) with an input-scale vector multiplied into its columns."""
-        if self.input_quantizer.amax.ndim == 0:
+        if self.input_quantizer.per_tensor:
             return self.weight
         return self.weight * self.input_quantizer.scale()[0]
 
@@ -84,8 +109,8 @@ class QuantLinear(nn.Module):
 
     def _weight_codes(self) -> Tensor:
         """Codes of the folded weight, (out, in) fp32; kept while weight and ranges stay."""
-        learning = torch.is_grad_enabled() and self.weight.requires_grad
-        if learning or torch.compiler.is_compiling():
+        learns = self.weight.requires_grad or self.weight_quantizer.log_amax is not None
+        if (torch.is_grad_enabled() and learns) or torch.compiler.is_compiling():
             return self._round_weight()
         sources = (self.weight, self.weight_quantizer.amax, self.input_quantizer.amax)
         # a weight keeps its identity when .to() gives it other memory, a range never does
@@ -97,16 +122,12 @@ class QuantLinear(nn.Module):
         return cached[2]
 
     def _round_weight(self) -> Tensor:
-        _, inverse = self.weight_quantizer.scale()
-        low, high = WEIGHT_RANGE
-        return quantize(
-            self.folded_weight(), self.weight_quantizer.broadcast(inverse, 2), low, high
-        )
+        return self.weight_quantizer.codes(self.folded_weight())[0]
 
     def _factor(self) -> Tensor:
         """What one unit of the accumulator is worth: s_in * s_w, fp32, () or (out,)."""
         weight_scale, _ = self.weight_quantizer.scale()
-        if self.input_quantizer.amax.ndim:  # the vector is folded into the weight
+        if not self.input_quantizer.per_tensor:  # the vector is folded into the weight
             return weight_scale
         return self.input_quantizer.scale()[0] * weight_scale
 
@@ -121,7 +142,7 @@ class QuantLinear(nn.Module):
         if self.precision == "fp16":
             return F.linear(round_to_half(x), round_to_half(self.weight), self.full_bias())
         codes, _ = self.input_quantizer.codes(x)
-        y = F.linear(codes, self._weight_codes()) * self._factor()
+        y = multiply_codes(codes, self._weight_codes().T, self._factor())
         if self.before_bias:
             return self.output_quantizer(y) + self.export_bias()
         return self.output_quantizer(y + self.export_bias())

@@ -1,7 +1,8 @@
-"""TensorQuantizer: holds the range of one tensor, and rounds to it."""
+"""TensorQuantizer: holds the range of one tensor, learns it if told to, and rounds to it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -38,9 +39,14 @@ class TensorQuantizer(nn.Module):
 
     ``_amax`` exists from construction: fp32, () for one scale per tensor or (n,) along the axis.
     A calibrator sets ``observer``, which then sees every tensor that passes.
+
+    A learned range lives in the parameter ``log_amax``, natural logarithms, fp32 (n,) or (1,): a
+    step of it is a relative one. ``_amax`` then keeps what learning started from. A state dict
+    with ``log_amax`` loads into a quantizer that does not learn, too: it brings the range.
     """
 
     _amax: Tensor
+    log_amax: nn.Parameter | None
 
     def __init__(self, descriptor: QuantDescriptor, channels: int | None = None) -> None:
         """Make an uncalibrated, enabled quantizer; ``channels`` is n where there is an axis."""
@@ -52,24 +58,32 @@ class TensorQuantizer(nn.Module):
         self._cached_scale: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
         shape = () if descriptor.axis is None or channels is None else (channels,)
         self.register_buffer("_amax", torch.full(shape, float("nan")))
+        self.register_parameter("log_amax", None)
 
     @property
     def amax(self) -> Tensor:
         """The largest magnitude that is represented, fp32, () or (n,); NaN before calibration."""
-        return self._amax
+        return self._amax if self.log_amax is None else self._bounded(self.log_amax.detach())
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether there is one range for the whole tensor."""
+        return self._amax.ndim == 0
 
     @property
     def calibrated(self) -> bool:
         """Whether every range is known."""
-        return not bool(self._amax.isnan().any())
+        return not bool(self.amax.isnan().any())
 
     @property
     def dead(self) -> bool:
         """Whether no value at all can be represented: the tensor was zero throughout."""
-        return bool((self._amax < SMALLEST_AMAX).all())
+        return bool((self.amax < SMALLEST_AMAX).all())
 
     def load_calib_amax(self, amax: Tensor) -> None:
         """Take a range found by calibration: () for the tensor, or (n,) along the axis.
+
+        A range that is being learned is fixed by it.
 
         Raises:
             CalibrationError: a range that is negative, infinite or NaN.
@@ -82,7 +96,30 @@ class TensorQuantizer(nn.Module):
                 f"got {amax[wrong][:4].tolist()}",
                 "look for NaN or infinite activations in this layer",
             )
+        self.log_amax = None
         self._amax = amax.clone()
+
+    def learn_range(self) -> nn.Parameter:
+        """Make the range a parameter, from where it is; a dead one has no gradient and stays.
+
+        Raises:
+            CalibrationError: the range is not known yet.
+        """
+        self._require_calibrated()
+        # a dead channel keeps a finite logarithm: averages of parameters stay numbers
+        amax = self.amax.clamp(min=SMALLEST_AMAX / 2)
+        self.log_amax = nn.Parameter(amax.log().view(-1))
+        return self.log_amax
+
+    def fix_range(self) -> None:
+        """Keep the learned range as it is now; nothing happens where none is learned."""
+        if self.log_amax is not None:
+            self.load_calib_amax(self.amax)
+
+    def _bounded(self, log_amax: Tensor) -> Tensor:
+        """The range that a logarithm stands for: within the limit, 0 if dead, of amax's shape."""
+        amax = log_amax.exp().clamp(max=self.descriptor.limit or math.inf)
+        return torch.where(amax < SMALLEST_AMAX, 0.0, amax).view(self._amax.shape)
 
     def observe(self, x: Tensor) -> None:
         """Show x to the observer, if calibration has attached one."""
@@ -95,20 +132,23 @@ class TensorQuantizer(nn.Module):
         Raises:
             CalibrationError: the range is not known yet.
         """
-        if torch.compiler.is_compiling():
-            return scale_and_inverse(self._amax)
+        if self.log_amax is not None or torch.compiler.is_compiling():
+            return scale_and_inverse(self.amax)
         cached = self._cached_scale  # holds the tensor: an address alone may be used again
         if cached is not None and cached[0] is self._amax and cached[1] == self._amax._version:
             return cached[2]
+        self._require_calibrated()
+        with torch.inference_mode(False):  # the cache must also serve a backward later
+            scales = scale_and_inverse(self._amax)
+        self._cached_scale = (self._amax, self._amax._version, scales)
+        return scales
+
+    def _require_calibrated(self) -> None:
         if not self.calibrated:
             raise CalibrationError(
                 f"{self.name or 'a quantizer'} is enabled but has no range",
                 "calibrate the model, or load a calibrated checkpoint",
             )
-        with torch.inference_mode(False):  # the cache must also serve a backward later
-            scales = scale_and_inverse(self._amax)
-        self._cached_scale = (self._amax, self._amax._version, scales)
-        return scales
 
     def broadcast(self, value: Tensor, dims: int) -> Tensor:
         """Reshape a value (n,) to line up with the axis of a tensor of ``dims`` dimensions."""
@@ -120,10 +160,17 @@ class TensorQuantizer(nn.Module):
         return value.view(shape)
 
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return x's integer codes as an fp32 tensor, and the scale that broadcasts against it."""
+        """Return x's integer codes as an fp32 tensor, and the scale that broadcasts against it.
+
+        The scale is a constant: the codes alone carry a learned range's gradient, see `quantize`.
+        """
         scale, inverse = self.scale()
         low, high = self.descriptor.low, self.descriptor.high
-        codes = quantize(x, self.broadcast(inverse, x.ndim), low, high)
+        log_amax = None
+        if self.log_amax is not None:
+            bounded = self.log_amax.clamp(max=math.log(self.descriptor.limit or math.inf))
+            log_amax = self.broadcast(bounded.view(self._amax.shape), x.ndim)
+        codes = quantize(x, self.broadcast(inverse, x.ndim), low, high, log_amax)
         return codes, self.broadcast(scale, x.ndim)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -136,6 +183,7 @@ class TensorQuantizer(nn.Module):
     def extra_repr(self) -> str:
         """Show the state in a printed model."""
         known = "calibrated" if self.calibrated else "uncalibrated"
+        known = known if self.log_amax is None else "learned"
         return f"{known}, axis={self.descriptor.axis}{'' if self.enabled else ', disabled'}"
 
     def _load_from_state_dict(
@@ -143,6 +191,9 @@ class TensorQuantizer(nn.Module):
     ) -> None:
         # A range may be a scalar or a vector; the file decides, so the buffer takes its shape.
         saved = state_dict.get(prefix + "_amax")
-        if isinstance(saved, Tensor):
+        if isinstance(saved, Tensor) and not (self.per_tensor and saved.numel() == 1):
             self._amax = torch.empty_like(saved, device=self._amax.device, dtype=torch.float32)
+        if self.log_amax is None and prefix + "log_amax" in state_dict:
+            log_amax = state_dict.pop(prefix + "log_amax")
+            state_dict[prefix + "_amax"] = self._bounded(log_amax)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)

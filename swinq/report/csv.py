@@ -35,6 +35,15 @@ def _figures(report: Report) -> Iterator[tuple[str, str, str, Any]]:
         yield from _flat("data", data.role, data, skip=("role", "class_names"))
     for model in report.models:
         yield from _flat("accuracy", model.name, model, skip=("name",))
+    if training := report.training:
+        lists = ("learned_ranges", "curve", "validations")
+        yield from _flat("training", report.model, training, skip=lists)
+        for kind in training.learned_ranges:
+            yield "training", kind, "learned", True
+        for point in training.curve:
+            yield from _flat("training", f"step {point.step}", point, skip=("step",))
+        for validation in training.validations:
+            yield "training", f"step {validation.step}", "top1", validation.top1
     for latency in report.latency:
         name = f"{latency.name} batch {latency.batch}"
         yield from _flat("latency", name, latency, skip=("name", "batch"))

@@ -18,6 +18,7 @@ from swinq.report.schema import (
     Report,
     SensitivityRow,
 )
+from swinq.report.training import training_facts, training_levels
 from swinq.report.verdict import accuracy_verdict, headline, headline_row
 
 TEMPLATE = "report.html.j2"
@@ -64,11 +65,15 @@ def to_html(report: Report) -> str:
         worst_sensitivity=_most_sensitive(report)[:SHOWN],
         most_clipped=sorted(report.quantizers, key=_clipped)[:SHOWN],
         speed=speed_rows(report.latency),
+        training=training_facts(report.training) if report.training else [],
         plots={
             "accuracy": plots.accuracy_plot(report.models) if compared else "",
             "errors": plots.layer_error_plot(report.layer_errors) if report.layer_errors else "",
             "sensitivity": plots.sensitivity_plot(report.sensitivity)
             if report.sensitivity and report.sensitivity.rows
+            else "",
+            "training": plots.training_plot(report.training, training_levels(report))
+            if report.training and report.training.curve
             else "",
             "amax": plots.amax_plot(report.quantizers) if report.quantizers else "",
         },

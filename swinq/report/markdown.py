@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from swinq.report.figures import decibels, p_value, points, share, significant, size
 from swinq.report.schema import LatencyRow, ModelRow, Report
+from swinq.report.training import training_facts
 from swinq.report.verdict import headline
 
 WORST_LAYERS = 10
@@ -29,6 +30,7 @@ def _lines(report: Report) -> Iterator[str]:
         yield f"- • {_text(text)}"
     yield "\n## Accuracy\n"
     yield from _table(_ACCURACY, [_accuracy(row) for row in report.models])
+    yield from _training(report)
     if report.latency:
         yield "\n## Speed\n"
         rows = [
@@ -82,6 +84,18 @@ def _accuracy(row: ModelRow) -> list[str]:
 
 def _name(row: ModelRow | LatencyRow) -> str:
     return _text(f"{row.name} ({row.engine})" if row.engine else row.name)
+
+
+def _training(report: Report) -> Iterator[str]:
+    if not (summary := report.training):
+        return
+    yield "\n## Training\n"
+    for label, text in training_facts(summary):
+        yield f"- {label}: {_text(text)}"
+    if summary.validations:
+        yield ""
+        rows = [[f"{point.step:,}", f"{point.top1:.2f}"] for point in summary.validations]
+        yield from _table(("step", "top-1"), rows)
 
 
 def _sensitivity(report: Report) -> Iterator[str]:

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from swinq.report.schema import LayerErrorRow, ModelRow, QuantizerRow, Sensitivity
+from swinq.report.schema import (
+    LayerErrorRow,
+    ModelRow,
+    QuantizerRow,
+    Sensitivity,
+    TrainingSummary,
+)
 from swinq.report.svg import (
     ACCENT,
     ALARM,
@@ -54,6 +60,40 @@ def accuracy_plot(models: Sequence[ModelRow]) -> str:
     ax.set_xlabel("points of top-1 against float, with 95 % interval")
     ax.grid(axis="x")
     ax.spines["left"].set_visible(False)
+    return data_uri(figure)
+
+
+@styled
+def training_plot(summary: TrainingSummary, levels: Mapping[str, float]) -> str:
+    """Loss and rate along the steps; beside it the quantized model's top-1 against `levels`."""
+    judged = bool(summary.validations)
+    figure, axes = new_figure(WIDTH, 2.9, 1, 2 if judged else 1)
+    loss, steps = axes[0], [point.step for point in summary.curve]
+    loss.plot(steps, [point.loss for point in summary.curve], color=ACCENT)
+    loss.set_title("loss, and the learning rate (dashed)")
+    loss.set_xlabel("step")
+    loss.grid(axis="y")
+    rate = loss.twinx()
+    rate.plot(steps, [point.rate for point in summary.curve], color=MUTED, linestyle="--")
+    rate.set_ylim(bottom=0)
+    rate.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.1e}" if y else "0"))
+    if judged:
+        top1 = axes[1]
+        for (name, level), style in zip(levels.items(), ("-", ":"), strict=False):
+            top1.axhline(level, color=MUTED, linewidth=1, linestyle=style, label=name)
+        validated = [point.step for point in summary.validations]
+        scores = [point.top1 for point in summary.validations]
+        top1.plot(validated, scores, "o-", color=ACCENT, markersize=4)
+        if summary.best_step in validated:
+            best = scores[validated.index(summary.best_step)]
+            top1.plot(summary.best_step, best, "o", color=SECOND, markersize=8)
+        top1.set_title("top-1 of the quantized model, %")
+        top1.set_xlabel("step")
+        top1.grid(axis="y")
+        if levels:
+            top1.legend(loc="best")
+    for ax in axes:
+        ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     return data_uri(figure)
 
 

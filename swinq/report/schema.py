@@ -1,4 +1,4 @@
-"""Everything a report holds, and its JSON form (schema version 2).
+"""Everything a report holds, and its JSON form (schema version 3).
 
 Units, the same in every format: accuracies and differences in percentage points, times in
 milliseconds, SQNR in decibels, KL divergence in nats, shares between 0 and 1. JSON has no infinity:
@@ -17,11 +17,11 @@ from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from swinq.errors import DataError
 
-SCHEMA_VERSION = "2"
+SCHEMA_VERSION = "3"
 
 Kind = Literal["float", "fake-quant", "int8"]
 Level = Literal["good", "note", "warning", "bad"]
-Subject = Literal["accuracy", "speed", "ranges", "layers"]
+Subject = Literal["accuracy", "training", "speed", "ranges", "layers"]
 
 
 @dataclass
@@ -209,6 +209,44 @@ class LatencyRow:
 
 
 @dataclass
+class TrainingPoint:
+    """One step of a training curve."""
+
+    step: int  # steps that are done, from 1
+    loss: float
+    rate: float  # learning rate of the weights
+
+
+@dataclass
+class ValidationPoint:
+    """How the quantized model did after so many steps."""
+
+    step: int  # 0: before training
+    top1: float  # percent
+
+
+@dataclass
+class TrainingSummary:
+    """How the quantized model was finetuned (QAT)."""
+
+    source: str  # of the training images
+    images: int  # in the training set
+    epochs: int
+    steps: int
+    images_per_step: int  # over all ranks
+    seconds: float  # of all runs of the job, evaluations and checkpoints included
+    images_per_second: float
+    precision: str  # of the matrix products: "bf16", "fp16" or "fp32"
+    rate: float  # at its peak
+    range_rate: float  # of the logarithms of learned ranges, at its peak
+    learned_ranges: list[str] = field(default_factory=list)  # kinds; empty: all stayed
+    teacher: str = ""  # "the float model" or a checkpoint; empty: learned from labels alone
+    best_step: int = 0  # validated best and exported; without validations the last is exported
+    curve: list[TrainingPoint] = field(default_factory=list)
+    validations: list[ValidationPoint] = field(default_factory=list)
+
+
+@dataclass
 class Verdict:
     """A judgement in plain English."""
 
@@ -232,6 +270,7 @@ class Report:
     layer_error_images: int = 0
     sensitivity: Sensitivity | None = None
     latency: list[LatencyRow] = field(default_factory=list)
+    training: TrainingSummary | None = None  # None: the ranges alone were calibrated
     verdicts: list[Verdict] = field(default_factory=list)  # filled by verdict.judge
     warnings: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

@@ -14,6 +14,7 @@ from swinq.report.schema import (
     Report,
     Verdict,
 )
+from swinq.report.training import training_verdicts
 
 FINE = 0.1  # points: the loss that users ask to be shown
 GOOD_LOSS = 0.3  # points: more than this is worth a look at the layers
@@ -27,6 +28,7 @@ def judge(report: Report) -> list[Verdict]:
     """All verdicts, accuracy first."""
     verdicts = [accuracy_verdict(row) for row in report.models if row.comparison]
     verdicts += resolution_verdicts(report.models)
+    verdicts += training_verdicts(report)
     verdicts += speed_verdicts(report.latency)
     verdicts += range_verdicts(report.quantizers)
     return verdicts + layer_verdicts(report)
@@ -43,11 +45,14 @@ def headline(report: Report) -> str:
 
 
 def headline_row(report: Report) -> ModelRow | None:
-    """What would be shipped: the first INT8 model, else the first fake-quant one."""
+    """What would be shipped: the first INT8 model, else the first fake-quant one.
+
+    After training the last fake-quant one, as the first is from before it.
+    """
     for kind in ("int8", "fake-quant"):
-        for row in report.models:
-            if row.kind == kind and row.comparison:
-                return row
+        rows = [row for row in report.models if row.kind == kind and row.comparison]
+        if rows:
+            return rows[-1] if report.training and kind == "fake-quant" else rows[0]
     return None
 
 

@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from swinq.errors import DataError
 from swinq.models.architecture import Architecture
 from swinq.models.build import build_model
-from swinq.models.layers import SwinBase, merge_neighbours, window_partition, window_reverse
+from swinq.models.layers import (
+    DropPath,
+    SwinBase,
+    merge_neighbours,
+    set_drop_path,
+    window_partition,
+    window_reverse,
+)
 from swinq.models.variants import VARIANTS, variant_name
 
 Randomise = Callable[[nn.Module], nn.Module]
@@ -191,7 +198,7 @@ def test_recomputing_blocks_leaves_gradients_as_they_are(tiny_model: SwinBase) -
 
 def test_drop_path_grows_with_depth(tiny_architecture: Architecture) -> None:
     model = build_model(tiny_architecture, drop_path_rate=0.3)
-    rates = [getattr(block.drop_path, "drop_prob", 0.0) for s in model.layers for block in s.blocks]
+    rates = [float(block.drop_path.rate) for s in model.layers for block in s.blocks]
     assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3])
 
 
@@ -221,3 +228,21 @@ def test_autocast_may_mix_dtypes(tiny_model: SwinBase) -> None:
     with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16):
         logits = tiny_model(torch.zeros(1, 3, 32, 32, dtype=torch.bfloat16))
     assert logits.shape == (1, 10)
+
+
+def test_drop_path_leaves_out_whole_images_and_keeps_the_mean() -> None:
+    path = DropPath(0.25)
+    x = torch.ones(4000, 3, 2)
+    y = path(x)
+    kept = y[:, 0, 0] != 0
+    assert torch.equal(y, (kept.float() / 0.75).view(-1, 1, 1).expand_as(y))
+    assert 0.72 < float(kept.float().mean()) < 0.78
+    assert path(x.bfloat16()).dtype == torch.bfloat16
+    assert path.eval()(x) is x
+    assert not path.state_dict()
+
+
+def test_drop_path_rates_can_be_set_on_a_built_model(tiny_model: SwinBase) -> None:
+    set_drop_path(tiny_model, 0.6)
+    rates = [float(block.drop_path.rate) for s in tiny_model.layers for block in s.blocks]
+    assert rates == pytest.approx([0.0, 0.2, 0.4, 0.6])

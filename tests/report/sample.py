@@ -21,6 +21,9 @@ from swinq.report.schema import (
     Run,
     Sensitivity,
     SensitivityRow,
+    TrainingPoint,
+    TrainingSummary,
+    ValidationPoint,
 )
 from swinq.report.sensitivity import Suggestion, recipe_without
 
@@ -125,6 +128,35 @@ def made_up_report(depths: tuple[int, ...] = (2, 2, 6, 2), dim: int = 96) -> Rep
         ],
         notes=["Mode 2 was evaluated with the same ranges as mode 1."],
     )
+
+
+def trained_report(depths: tuple[int, ...] = (1, 1)) -> Report:
+    """A report of a training run: in mode 1 alone, with a row before and one after training."""
+    report = made_up_report(depths)
+    comparison = Comparison(3925, 3266, 12, 18, 629, 3872, 0.0016)
+    trained = model_row(
+        "QAT fake-quant mode 1", "fake-quant", Scores(3925, 3284, 3862), comparison, int8_mode=1
+    )
+    report.models = [*report.models[:2], trained, report.models[2]]
+    steps = range(1, 121)
+    report.training = TrainingSummary(
+        source="imagenette160/train",
+        images=9469,
+        epochs=3,
+        steps=120,
+        images_per_step=236,
+        seconds=412.0,
+        images_per_second=1480.0,
+        precision="bf16",
+        rate=4.6e-6,
+        range_rate=1e-3,
+        learned_ranges=["output", "weight"],
+        teacher="the float model",
+        best_step=120,
+        curve=[TrainingPoint(s, 1 + math.exp(-s / 40), 4.6e-6 * (1 - s / 125)) for s in steps],
+        validations=[ValidationPoint(s, t) for s, t in ((40, 83.45), (80, 83.5), (120, 83.67))],
+    )
+    return report
 
 
 def layer_names(depths: tuple[int, ...]) -> list[str]:

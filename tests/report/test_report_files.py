@@ -19,7 +19,7 @@ from swinq.report.markdown import to_markdown
 from swinq.report.schema import Report, from_json
 from swinq.report.verdict import judge
 from swinq.report.write import write_report
-from tests.report.sample import made_up_report
+from tests.report.sample import made_up_report, trained_report
 
 EVIL = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> $\\frac{$ | `x` \n{{ 7*7 }} &amp;"
 
@@ -80,6 +80,9 @@ def evil_report() -> Report:
         sensitivity.layer = EVIL + sensitivity.layer
     report.sensitivity.suggestion.recipe = report.sensitivity.suggestion.reason = EVIL
     report.warnings, report.notes = [EVIL], [EVIL]
+    report.training = trained_report().training
+    assert report.training is not None
+    report.training.source = report.training.teacher = EVIL
     return report
 
 
@@ -144,6 +147,49 @@ def test_the_page_shows_the_verdicts_and_the_suggested_recipe(whole_page: str) -
     assert "3,925 images cannot show differences under 0.30 points" in text
     assert "INT8 mode 1 is 2.90 to 3.15 times as fast as float" in text
     assert "- PATTERN: layers.0.blocks.1.attn.proj\n    PRECISION: fp16" in text
+
+
+def test_training_is_told_in_every_form() -> None:
+    report = trained_report()
+    report.verdicts = judge(report)
+    page = Page(to_html(report))
+    markdown = to_markdown(report)
+    for text in (page.text, markdown):
+        assert "Images" in text and "imagenette160/train" in text
+        assert "3 epochs of 9,469 images: 120 steps of 236" in text
+        assert "6 min 52 s, 1,480 images/s" in text
+        assert "learned for output, weight, at a relative rate of 0.00100" in text
+        assert "labels and the float model" in text
+        assert "the model after step 120" in text
+    drawing = next(svg for svg in pictures(page) if "top-1 of the quantized model" in svg)
+    assert "before training" in drawing and "learning rate" in drawing
+    assert "| 120 | 83.67 |" in markdown
+    figures = {tuple(row[:3]): row[3] for row in csv.reader(io.StringIO(to_csv(report)))}
+    assert figures["training", "step 80", "top1"] == "83.5"
+    assert figures["training", "step 1", "rate"] == repr(4.6e-6 * (1 - 1 / 125))
+    assert figures["training", "weight", "learned"] == "True"
+
+
+def test_a_report_without_training_does_not_speak_of_it(whole_page: str) -> None:
+    assert 'id="training"' not in whole_page
+    assert "## Training" not in to_markdown(made_up_report((1,)))
+    assert "\ntraining," not in to_csv(made_up_report((1,)))
+
+
+def test_training_without_validation_is_drawn_too(tmp_path: Path) -> None:
+    report = trained_report()
+    assert report.training is not None
+    report.models, report.training.validations, report.training.best_step = [], [], 0
+    report.training.learned_ranges, report.training.teacher = [], ""
+    text = Page(write_report(report, tmp_path)["html"].read_text()).text
+    assert "stayed as calibrated" in text and "the model after step 120" in text
+
+
+def test_a_model_that_no_step_improved_is_exported_as_calibrated() -> None:
+    report = trained_report()
+    assert report.training is not None
+    report.training.best_step = 0
+    assert "the calibrated model, as it was before training" in to_markdown(report)
 
 
 def test_slower_int8_is_shown_as_slower(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from swinq.errors import DataError
 from swinq.report.schema import SCHEMA_VERSION, LayerErrorRow, from_json, to_json
-from tests.report.sample import made_up_report
+from tests.report.sample import made_up_report, trained_report
 
 
 def test_a_report_survives_json_whole() -> None:
@@ -16,6 +16,7 @@ def test_a_report_survives_json_whole() -> None:
         LayerErrorRow("exact", math.inf, -math.inf, math.inf, math.inf, 3, 0)
     )
     assert from_json(to_json(report)) == report
+    assert from_json(to_json(trained_report())) == trained_report()
 
 
 def test_json_is_strict_and_has_a_schema_version() -> None:
@@ -26,7 +27,7 @@ def test_json_is_strict_and_has_a_schema_version() -> None:
         raise AssertionError(f"{constant} is not JSON")
 
     plain = json.loads(to_json(report), parse_constant=refuse)
-    assert plain["schema_version"] == SCHEMA_VERSION == "2"
+    assert plain["schema_version"] == SCHEMA_VERSION == "3"
     assert plain["layer_errors"][0]["total"] == "inf"
 
 

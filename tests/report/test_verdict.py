@@ -4,7 +4,7 @@ import pytest
 
 from swinq.evaluate import Comparison, Scores
 from swinq.report.accuracy import latency_row, model_row
-from swinq.report.schema import ModelRow, QuantizerRow, Range, Verdict
+from swinq.report.schema import ModelRow, QuantizerRow, Range, ValidationPoint, Verdict
 from swinq.report.verdict import (
     accuracy_verdict,
     headline,
@@ -13,7 +13,7 @@ from swinq.report.verdict import (
     resolution_verdicts,
     speed_verdicts,
 )
-from tests.report.sample import made_up_report
+from tests.report.sample import made_up_report, trained_report
 
 
 def int8(images: int, lost: int, won: int) -> ModelRow:
@@ -145,3 +145,41 @@ def test_the_headline_is_of_the_first_int8_model() -> None:
     assert headline(report).startswith("Fake-quant mode 1 loses 0.08 points")
     report.models = report.models[:1]
     assert headline(report).endswith("nothing was compared with the float model")
+
+
+@pytest.mark.parametrize(
+    ("top1", "best", "level", "words"),
+    [
+        ((83.40, 83.50, 83.67), 120, "note", "still rising: more epochs may give more"),
+        ((83.60, 83.66, 83.67), 120, "note", "which flatters it a little."),
+        ((83.67, 83.10, 82.90), 40, "warning", "fell by 0.77 points after it: a lower rate"),
+    ],
+)
+def test_the_choice_of_the_best_step_is_said_to_flatter(
+    top1: tuple[float, ...], best: int, level: str, words: str
+) -> None:
+    report = trained_report()
+    assert report.training is not None
+    points = zip((40, 80, 120), top1, strict=True)
+    report.training.validations = [ValidationPoint(step, value) for step, value in points]
+    report.training.best_step = best
+    *_, choice = (verdict for verdict in judge(report) if verdict.subject == "training")
+    assert choice.level == level and words in choice.text
+    assert "The best of 3 validations" in choice.text
+
+
+def test_what_training_gave_is_held_against_calibration() -> None:
+    report = trained_report()
+    before, after = report.models[1:3]
+    gave = next(verdict for verdict in judge(report) if verdict.subject == "training")
+    assert gave.level == "good"
+    assert gave.text.startswith("Training gave +0.23 points of top-1 over calibration, from 83.44")
+    after.top1 = before.top1 - 1
+    gave = next(verdict for verdict in judge(report) if verdict.subject == "training")
+    assert gave.level == "warning" and "gained nothing over calibration alone" in gave.text
+
+
+def test_the_headline_of_training_without_export_is_the_trained_model() -> None:
+    report = trained_report()
+    report.models = report.models[:3]
+    assert headline(report).startswith("QAT fake-quant mode 1 gains 0.15 points")

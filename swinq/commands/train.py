@@ -1,0 +1,335 @@
+"""--train: finetune with fake quantizers, export INT8, judge every form and write the report."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from swinq import api, console, distributed
+from swinq.calib.calibrate import Calibration, measure_residual
+from swinq.commands.calib import Outcome, calibration_sample, find_ranges, write_checkpoints
+from swinq.commands.judging import Judging
+from swinq.commands.session import RankImages, Session, load_model, weights_of
+from swinq.config import Config
+from swinq.data.augment import Augmented, train_transform
+from swinq.data.dataset import ImageDataset
+from swinq.data.mixing import Mixing
+from swinq.data.sampling import sample_digest
+from swinq.errors import ConfigError, DataError
+from swinq.export.calibrated import write_calibrated
+from swinq.export.integrity import digest
+from swinq.int8.choice import IntegerModel
+from swinq.models.layers import SwinBase
+from swinq.quant.insert import set_int8_mode
+from swinq.quant.spec import QuantSpec
+from swinq.report.schema import TrainingPoint, TrainingSummary, ValidationPoint
+from swinq.train.distill import Distillation
+from swinq.train.monitor import Monitor
+from swinq.train.qat import Progress, StoppedError, Surroundings, train
+from swinq.train.settings import Settings
+from swinq.train.state import CheckpointFolder
+
+REFERENCE_BATCH = 512  # QAT.LR is stated for this many images a step, as Swin's rates are
+
+
+def run(config: Config) -> int:
+    """Run the whole of --train; every rank trains, rank 0 writes."""
+    if config.QAT.DETERMINISTIC:
+        _require_determinism()
+    session = Session.open(config, "train")
+    given = load_model(session)
+    if isinstance(given, IntegerModel):
+        raise ConfigError(
+            f"{weights_of(config)} is an exported INT8 checkpoint; its float weights are gone",
+            "train from the float or calibrated checkpoint it was made from",
+        )
+    images, val = session.dataset("train", given), session.dataset("val", given)
+    if not images.labelled:
+        raise DataError(
+            f"the training images have no labels ({images.description})",
+            "training needs train/<class>/<image>; loose images serve for calibration only",
+        )
+    float_model, quantized, sample, seconds = _calibrated(session, given, images)
+    set_int8_mode(quantized, config.INT8.MODE)
+    before = {name: tensor.clone().cpu() for name, tensor in quantized.state_dict().items()}
+    settings = settings_of(config, session.device)
+    try:
+        progress = _train(session, settings, float_model, quantized, val)
+    except StoppedError as stopped:
+        console.say(str(stopped), "warning")
+        return stopped.code
+    outcome = _finish(session, float_model, quantized, before, progress, (sample, seconds))
+    outcome = replace(outcome, training=_summary(session, settings, progress, images))
+    if distributed.is_main():
+        from swinq.commands import report  # matplotlib takes a second that other ranks save
+
+        report.write(session, outcome)
+    return 0
+
+
+def settings_of(config: Config, device: torch.device) -> Settings:
+    """What a configuration tells the training job."""
+    qat, trained = config.QAT, config.TRAIN
+    step = config.DATA.BATCH_SIZE * trained.ACCUMULATION_STEPS * distributed.world_size()
+    distill = qat.DISTILL
+    return Settings(
+        epochs=qat.EPOCHS,
+        seed=config.SEED,
+        batch=config.DATA.BATCH_SIZE,
+        accumulation=trained.ACCUMULATION_STEPS,
+        rate=qat.LR * step / REFERENCE_BATCH,
+        warmup=qat.WARMUP,
+        min_rate=qat.MIN_LR,
+        weight_decay=trained.WEIGHT_DECAY,
+        betas=tuple(trained.OPTIMIZER.BETAS),
+        eps=trained.OPTIMIZER.EPS,
+        clip=trained.CLIP_GRAD,
+        learned=tuple(qat.LEARN_RANGES),
+        range_rate=qat.RANGE_LR,
+        fix_ranges=qat.FIX_RANGES,
+        ema=qat.EMA,
+        amp=qat.AMP_TYPE if config.AMP_ENABLE and device.type == "cuda" else "fp32",
+        drop_path=config.MODEL.DROP_PATH_RATE,
+        checkpointing=trained.USE_CHECKPOINT,
+        compile_blocks=qat.COMPILE == "yes" or (qat.COMPILE == "auto" and device.type == "cuda"),
+        parallel=qat.PARALLEL,
+        deterministic=qat.DETERMINISTIC,
+        eval_epochs=qat.EVAL_EPOCHS,
+        save_steps=qat.SAVE_STEPS,
+        print_steps=config.PRINT_FREQ,
+        distill=distill.SCALE if distill.ENABLED else 0.0,
+        labels=distill.LABEL_SCALE if distill.ENABLED else 1.0,
+        temperature=distill.TEMPERATURE,
+        features=distill.FEATURES if distill.ENABLED else 0.0,
+    )
+
+
+def _require_determinism() -> None:
+    """Only kernels that give the same bits again; the rest raise an error that names them."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+
+
+def _calibrated(
+    session: Session, given: nn.Module, images: ImageDataset
+) -> tuple[nn.Module, SwinBase, list[int], float]:
+    """The float model, the quantized one, and the sample and seconds of the calibration."""
+    config = session.config
+    if hasattr(given, "quant_spec"):
+        stated = config.origins.get("QUANT.NAME", "")
+        if stated:
+            raise ConfigError(
+                f"{stated} is given, but {weights_of(config)} was calibrated with its own",
+                "leave --recipe out, or train from the float checkpoint",
+            )
+        float_model = load_model(session, ranges=False)
+        sample = calibration_sample(session, images)
+        return float_model, given, sample, 0.0  # type: ignore[return-value]
+    spec = QuantSpec.from_config(config.QUANT)
+    quantized, sample, seconds = find_ranges(session, spec, given, images)
+    return given, quantized, sample, seconds  # type: ignore[return-value]
+
+
+def _train(
+    session: Session,
+    settings: Settings,
+    float_model: nn.Module,
+    quantized: SwinBase,
+    val: ImageDataset,
+) -> Progress:
+    """Run the loop; ``quantized`` holds the trained state afterwards."""
+    config = session.config
+    augmented = Augmented(_training_images(session, quantized), config.SEED)
+    mixing = _mixing(config, quantized.arch.num_classes)
+    mixing.check_batch(settings.batch)
+    images = settings.batch * settings.accumulation * distributed.world_size()
+    steps = max(len(augmented) // images, 1)  # too few images are refused by the loop
+    monitor = Monitor(
+        session.folder / "tensorboard" / "training" if config.REPORT.TENSORBOARD else None,
+        total_steps=settings.epochs * steps,
+        steps_per_epoch=steps,
+        images_per_step=images,
+        print_every=settings.print_steps,
+        world=distributed.world_size(),
+        eval_epochs=settings.eval_epochs,
+    )
+
+    def judge(model: nn.Module) -> float:
+        if not val.labelled:
+            return 0.0
+        return session.predictions(model, val, "validating").scores().top1_percent
+
+    around = Surroundings(
+        images=augmented,
+        mixing=mixing,
+        distillation=_distillation(session, settings, float_model),
+        workers=session.workers,
+        device=session.device,
+        folder=CheckpointFolder(session.folder / "training", keep=config.QAT.KEEP),
+        monitor=monitor,
+        identity=_identity(session, quantized),
+        judge=judge,
+        keep=lambda model: _keep(session, model),
+    )
+    with monitor:
+        return train(quantized, around, settings)
+
+
+def _training_images(session: Session, model: SwinBase) -> ImageDataset:
+    """The training images with the official augmentation."""
+    config, aug = session.config, session.config.AUG
+    transform = session.transform(model)
+    augmentation = train_transform(
+        model.arch.img_size,
+        color_jitter=aug.COLOR_JITTER,
+        auto_augment=aug.AUTO_AUGMENT,
+        reprob=aug.REPROB,
+        remode=aug.REMODE,
+        recount=aug.RECOUNT,
+        interpolation=config.DATA.INTERPOLATION,
+        hflip=0.0 if config.DATA.DATA_PATH == "digits" else 0.5,  # a mirrored 2 is no 2
+        mean=transform.mean,
+        std=transform.std,
+        squash=transform.crop is None and model.arch.img_size <= 32,
+    )
+    return session.dataset("train", model, augmentation)
+
+
+def _mixing(config: Config, classes: int) -> Mixing:
+    aug = config.AUG
+    return Mixing(
+        classes,
+        mixup=aug.MIXUP,
+        cutmix=aug.CUTMIX,
+        cutmix_minmax=aug.CUTMIX_MINMAX,
+        prob=aug.MIXUP_PROB,
+        switch_prob=aug.MIXUP_SWITCH_PROB,
+        mode=aug.MIXUP_MODE,
+        label_smoothing=config.MODEL.LABEL_SMOOTHING,
+        seed=config.SEED,
+    )
+
+
+def _distillation(
+    session: Session, settings: Settings, float_model: nn.Module
+) -> Distillation | None:
+    """The teacher that the configuration names: another checkpoint, or the float model itself."""
+    distill = session.config.QAT.DISTILL
+    if not distill.ENABLED:
+        return None
+    teacher = copy.deepcopy(float_model)
+    if distill.TEACHER:
+        teacher = api.load(distill.TEACHER, ranges=False, device=session.device)
+        ours, theirs = float_model.arch, teacher.arch  # type: ignore[union-attr]
+        for name in ("num_classes", "img_size"):
+            if getattr(ours, name) != getattr(theirs, name):  # type: ignore[arg-type]
+                raise ConfigError(
+                    f"--teacher {distill.TEACHER} has {name} {getattr(theirs, name)}, the model "  # type: ignore[arg-type]
+                    f"{getattr(ours, name)}",  # type: ignore[arg-type]
+                    "give a teacher for the same images and classes",
+                )
+    return Distillation(
+        teacher,
+        scale=settings.distill,
+        temperature=settings.temperature,
+        features=settings.features,
+        compile_blocks=settings.compile_blocks,
+    )
+
+
+def _identity(session: Session, quantized: SwinBase) -> dict[str, Any]:
+    """What tells this job from others that might share its folder: the model it starts from."""
+    start = hashlib.sha256()
+    for name, tensor in sorted(quantized.state_dict().items()):
+        start.update(f"{name} {digest(tensor)}\n".encode())
+    return {"start": start.hexdigest()[:16], "int8_mode": session.config.INT8.MODE}
+
+
+def _keep(session: Session, model: nn.Module) -> None:
+    """Write the model as the best so far, on rank 0."""
+    if not distributed.is_main():
+        return
+    found: Calibration = model.calibration  # type: ignore[assignment]
+    write_calibrated(
+        session.trained_path(),
+        model,
+        calibration=api.describe_calibration(found),
+        classes=getattr(model, "classes", None),
+        transform=session.transform(model).to_dict(),
+    )
+
+
+def _finish(
+    session: Session,
+    float_model: nn.Module,
+    quantized: SwinBase,
+    before: dict[str, Tensor],
+    progress: Progress,
+    calibrated: tuple[list[int], float],
+) -> Outcome:
+    """Export the best model and judge it beside the float one and the one before training."""
+    sample, seconds = calibrated
+    images, val = session.dataset("train", quantized), session.dataset("val", quantized)
+    mode = session.config.INT8.MODE
+    found: Calibration = quantized.calibration  # type: ignore[assignment]
+    if val.labelled:
+        distributed.barrier()  # rank 0 has written the best by now
+        best = api.load(session.trained_path(), device=session.device)
+        quantized.load_state_dict(best.state_dict())
+    found.residual_max = measure_residual(quantized, RankImages(session, images, sample))
+    if not found.sample_sha256:
+        found.sample_sha256 = sample_digest(images, sample)
+    files, notes = write_checkpoints(session, quantized, session.trained_path())
+    distributed.barrier()
+    trained = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
+    judging = Judging(session, val, float_model)
+    quantized.load_state_dict(before)
+    judging.add(f"fake-quant mode {mode}", "fake-quant", mode, quantized)
+    quantized.load_state_dict(trained)
+    judging.add(f"QAT fake-quant mode {mode}", "fake-quant", mode, quantized)
+    judging.add_exported(files)
+    return Outcome(
+        float_model=float_model,
+        quantized=quantized,
+        calibration=found,
+        sample=sample,
+        train=images,
+        val=val,
+        files=files,
+        judged=judging.judged,
+        seconds=seconds,
+        notes=[*found.notes, *notes, *judging.notes],
+    )
+
+
+def _summary(
+    session: Session, settings: Settings, progress: Progress, images: ImageDataset
+) -> TrainingSummary:
+    """What the report tells of the training."""
+    distill = session.config.QAT.DISTILL
+    per_step = settings.batch * settings.accumulation * distributed.world_size()
+    steps = settings.epochs * (len(images) // per_step)
+    return TrainingSummary(
+        source=images.description,
+        images=len(images),
+        epochs=settings.epochs,
+        steps=steps,
+        images_per_step=per_step,
+        seconds=progress.seconds,
+        images_per_second=steps * per_step / progress.seconds if progress.seconds else 0.0,
+        precision=settings.amp,
+        rate=settings.rate,
+        range_rate=settings.range_rate,
+        learned_ranges=list(settings.learned),
+        teacher=(distill.TEACHER or "the float model") if distill.ENABLED else "",
+        best_step=progress.best_step,
+        curve=[TrainingPoint(*point) for point in progress.curve],
+        validations=[ValidationPoint(*point) for point in progress.judged],
+    )

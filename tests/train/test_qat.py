@@ -1,0 +1,225 @@
+"""The loop: what one step computes, what is kept, and what a job on several ranks agrees on."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from swinq.errors import ConfigError, SwinqError
+from swinq.quant.insert import float_layers, named_quantizers
+from swinq.train.distill import Distillation
+from tests.train.jobs import Judge, run_job, tiny_calibrated
+
+RANK_JOB = Path(__file__).with_name("rank_job.py")
+
+
+def parameters(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters()}
+
+
+def furthest(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """The largest difference, relative to the largest magnitude of each tensor."""
+    assert one.keys() == other.keys()
+    return max(float((a - other[n]).abs().max() / (a.abs().max() + 1e-12)) for n, a in one.items())
+
+
+def apart(one: dict[str, Tensor], other: dict[str, Tensor], start: dict[str, Tensor]) -> float:
+    """How far two ends lie apart, as a share of the way that one of them has come."""
+
+    def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> Tensor:
+        return torch.stack([(a[n] - b[n]).double().square().sum() for n in start]).sum().sqrt()
+
+    return float(distance(one, other) / distance(one, start))
+
+
+def test_training_lowers_the_loss_and_leaves_a_plain_model(
+    tmp_path: Path, single_thread: None
+) -> None:
+    model = tiny_calibrated()
+    before = parameters(model)
+    progress = run_job(tmp_path, model, epochs=8, augment=False)
+    losses = [loss for _, loss, _ in progress.curve]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert parameters(model).keys() == before.keys()  # no learned range is left behind
+    assert furthest(before, parameters(model)) > 0
+
+
+def test_the_rate_follows_its_schedule(tmp_path: Path) -> None:
+    """A linear rise over a quarter of the 8 steps, then a cosine towards 1 %."""
+    progress = run_job(tmp_path, tiny_calibrated())
+    rates = [rate for _, _, rate in progress.curve]
+    rise = [1e-5 + (1e-3 - 1e-5) * step / 2 for step in range(2)]
+    cosine = [
+        1e-5 + (1e-3 - 1e-5) * (1 + torch.cos(torch.tensor(torch.pi * step / 6)).item()) / 2
+        for step in range(6)
+    ]
+    assert rates == pytest.approx([*rise, *cosine], rel=1e-6)
+
+
+def test_accumulation_equals_the_larger_batch(tmp_path: Path, single_thread: None) -> None:
+    """The mean of two micro-batches' gradients is that of both together, but for rounding.
+
+    A large eps keeps AdamW from dividing gradients that are nothing but rounding by themselves.
+    """
+    start = parameters(tiny_calibrated())
+    large, small = tiny_calibrated(), tiny_calibrated()
+    kinds = {"epochs": 1, "augment": False, "eps": 1e-2}
+    run_job(tmp_path / "large", large, batch=8, **kinds)
+    run_job(tmp_path / "small", small, batch=4, accumulation=2, **kinds)
+    assert apart(parameters(large), parameters(small), start) < 0.02
+
+
+def test_frozen_ranges_stay_and_learned_ones_move(tmp_path: Path) -> None:
+    model = tiny_calibrated()
+    before = {n: q.amax.clone() for n, q in named_quantizers(model).items()}
+    run_job(tmp_path, model, learned=("output",))
+    for name, quantizer in named_quantizers(model).items():
+        if not before[name].isnan().any():
+            moved = not torch.equal(before[name], quantizer.amax)
+            assert moved == name.endswith("output_quantizer"), name
+
+
+def test_learned_ranges_stay_in_the_last_steps(tmp_path: Path) -> None:
+    """With the ranges fixed from the start, only the weights move."""
+    model = tiny_calibrated()
+    before = {n: q.amax.clone() for n, q in named_quantizers(model).items()}
+    run_job(tmp_path, model, learned=("output", "input"), fix_ranges=0.0)
+    for name, quantizer in named_quantizers(model).items():
+        torch.testing.assert_close(quantizer.amax, before[name], rtol=1e-6, atol=0, equal_nan=True)
+
+
+def test_the_teacher_has_no_gradients_and_stays(tmp_path: Path) -> None:
+    model = tiny_calibrated()
+    teacher = copy.deepcopy(model)
+    before = parameters(teacher)
+    distillation = Distillation(
+        teacher, scale=1.0, temperature=3.0, features=0.5, compile_blocks=False
+    )
+    run_job(tmp_path, model, distillation=distillation, distill=1.0, features=0.5)
+    assert all(p.grad is None for p in teacher.parameters())
+    assert furthest(before, parameters(teacher)) == 0
+
+
+def test_the_last_epoch_is_saved_and_a_finished_job_repeats_nothing(tmp_path: Path) -> None:
+    model, again = tiny_calibrated(), tiny_calibrated()
+    run_job(tmp_path, model)
+    assert [p.name for p in sorted((tmp_path / "training").iterdir())] == [
+        "step-00000004.safetensors",
+        "step-00000008.safetensors",
+    ]
+    judge = Judge()
+    progress = run_job(tmp_path, again, judge)
+    assert len(progress.curve) == 8
+    assert [step for step, _ in progress.judged] == [0, 4, 8]
+    assert furthest(parameters(model), parameters(again)) == 0
+
+
+def test_the_best_is_the_first_of_equals_and_may_be_the_start(tmp_path: Path) -> None:
+    judge = Judge(60.0, 61.0, 61.0)
+    progress = run_job(tmp_path / "rises", tiny_calibrated(), judge)
+    assert (progress.best_step, progress.best_top1) == (4, 61.0)
+    assert len(judge.kept) == 2
+    assert torch.equal(judge.kept[1]["head.weight"], judge.seen[1]["head.weight"])
+    falls = run_job(tmp_path / "falls", tiny_calibrated(), Judge(60.0, 50.0))
+    assert falls.best_step == 0
+
+
+def test_the_average_is_what_is_judged(tmp_path: Path) -> None:
+    """With a decay near 1 the average stays near the start, though its warm-up moves it."""
+    model, averaged = tiny_calibrated(), tiny_calibrated()
+    before = parameters(model)
+    run_job(tmp_path / "plain", model)
+    run_job(tmp_path / "average", averaged, ema=0.999)
+    assert 0 < furthest(before, parameters(averaged)) < furthest(before, parameters(model))
+
+
+def test_another_job_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    run_job(tmp_path, tiny_calibrated())
+    with pytest.raises(ConfigError, match=r"another job: rate 0\.001 there, 0\.002 here"):
+        run_job(tmp_path, tiny_calibrated(), rate=2e-3)
+
+
+def test_a_gradient_that_is_not_finite_ends_the_job_and_spares_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    model = tiny_calibrated()
+    with pytest.raises(SwinqError, match=r"gradient of step \d is nan"):
+        run_job(tmp_path, model, rate=1e30, range_rate=1.0, warmup=0.0, clip=0.0)
+    assert not (tmp_path / "training").exists()  # nothing unsound was written
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_half_trained_job_goes_on_with_the_same_bits(
+    tmp_path: Path, single_thread: None, version: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Drop path, mixing and augmentation on, EMA too: nothing may hide outside the state."""
+    kinds = {"drop_path": 0.3, "ema": 0.9, "save_steps": 1, "learned": ("output", "weight")}
+    whole, resumed = tiny_calibrated(version), tiny_calibrated(version)
+    run_job(tmp_path / "whole", whole, **kinds)
+
+    from swinq.train import qat
+
+    real, calls = qat._Loop._step, []
+
+    def step(self, number, batches):  # type: ignore[no-untyped-def]
+        calls.append(number)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return real(self, number, batches)
+
+    monkeypatch.setattr(qat._Loop, "_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        run_job(tmp_path / "cut", tiny_calibrated(version), **kinds)
+    torch.manual_seed(99)  # another process begins in another random state
+    run_job(tmp_path / "cut", resumed, **kinds)
+    assert calls == [0, 1, 2, 3, 4, 5, 5, 6, 7]
+    assert furthest(parameters(whole), parameters(resumed)) == 0
+    for name, quantizer in named_quantizers(whole).items():
+        other = named_quantizers(resumed)[name].amax
+        assert torch.equal(quantizer.amax.nan_to_num(-1), other.nan_to_num(-1)), name
+
+
+@pytest.mark.parametrize("parallel", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_ranks_agree_with_one(tmp_path: Path, repo_root: Path, parallel: str) -> None:
+    """Two ranks see the micro-batches that one accumulates; only sums are ordered otherwise."""
+    found = []
+    for ranks in (1, 2):
+        folder = tmp_path / str(ranks)
+        folder.mkdir()
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)]
+        command = [sys.executable, *(torchrun if ranks > 1 else []), str(RANK_JOB), str(folder)]
+        environment = {**os.environ, "PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(
+            [*command, parallel], env=environment, capture_output=True, text=True, timeout=240
+        )
+        assert ran.returncode == 0, ran.stderr[-3000:]
+        states = [torch.load(folder / f"{r}.pt", weights_only=True) for r in range(ranks)]
+        for state in states[1:]:
+            assert furthest(states[0], state) == 0
+        found.append(states[0])
+    assert apart(found[0], found[1], parameters(tiny_calibrated())) < 1e-4
+
+
+def test_distillation_pulls_towards_the_teacher(tmp_path: Path, single_thread: None) -> None:
+    """Without labels, the student's logits come nearer to those of the float model."""
+    model, teacher = tiny_calibrated(), tiny_calibrated(seed=2)
+    images = torch.randn(8, 3, 32, 32)
+    with float_layers(teacher), torch.no_grad():
+        wanted = teacher(images).log_softmax(-1)
+
+    def distance() -> float:
+        with torch.no_grad():
+            said = model.eval()(images).log_softmax(-1)
+        return float((wanted.exp() * (wanted - said)).sum(-1).mean())
+
+    before = distance()
+    distillation = Distillation(
+        teacher, scale=1.0, temperature=1.0, features=0.0, compile_blocks=False
+    )
+    run_job(tmp_path, model, distillation=distillation, distill=1.0, labels=0.0, epochs=4)
+    assert distance() < 0.7 * before

@@ -1,0 +1,159 @@
+"""Signals ask for a stop that all ranks make together, and end a process that cannot stop."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from swinq.data.loader import BatchLoader
+from swinq.train.signals import SIGNALS, StopRequest
+
+CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
+JOB = Path(__file__).with_name("signal_job.py")
+
+
+def send(number: int) -> None:
+    os.kill(os.getpid(), number)
+    time.sleep(0.05)  # the watching thread has it by then
+
+
+@pytest.fixture(autouse=True)
+def handlers_come_back() -> Iterator[None]:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    threads = threading.active_count()
+    yield
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert signal.set_wakeup_fd(-1) == -1
+    assert threading.active_count() == threads
+
+
+@pytest.mark.parametrize(("number", "code"), CODES.items(), ids=lambda value: str(int(value)))
+def test_signal_stops_at_the_end_of_the_step_with_its_code(number: int, code: int) -> None:
+    with StopRequest() as stop:
+        assert not stop.agreed()
+        assert stop.exit_code == 0
+        send(number)
+        assert stop.agreed()
+        assert stop.agreed()
+        assert stop.exit_code == code
+
+
+def test_first_of_several_signals_gives_the_code() -> None:
+    with StopRequest() as stop:
+        send(signal.SIGUSR1)
+        send(signal.SIGTERM)
+        assert stop.agreed()
+        assert stop.exit_code == 138
+
+
+def test_second_interrupt_is_immediate() -> None:
+    with pytest.raises(KeyboardInterrupt), StopRequest() as stop:
+        send(signal.SIGINT)
+        assert stop.agreed()
+        send(signal.SIGINT)
+
+
+def test_grace_ends_with_the_step_not_with_the_saving() -> None:
+    with StopRequest(grace_s=0.2) as stop:
+        send(signal.SIGTERM)
+        assert stop.agreed()
+        time.sleep(0.5)  # a checkpoint that takes its time
+
+
+def test_other_signals_are_none_of_its_business() -> None:
+    seen = []
+    before = signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
+    with StopRequest(grace_s=0.1) as stop:
+        send(signal.SIGUSR2)
+        time.sleep(0.2)
+        assert not stop.agreed()
+    signal.signal(signal.SIGUSR2, before)
+    assert seen == [signal.SIGUSR2]
+
+
+class Slow:
+    """Images that take a while, in workers."""
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        time.sleep(0.1)
+        return torch.zeros(1), os.getpid()
+
+    def path(self, index: int) -> str:
+        return str(index)
+
+    def preload(self, indices: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("number", CODES, ids=lambda value: str(int(value)))
+def test_data_workers_outlive_a_signal_to_the_whole_group(number: int) -> None:
+    with StopRequest() as stop:
+        loaded = iter(BatchLoader(Slow(), [[n] for n in range(12)], num_workers=2))
+        workers = {int(next(loaded).labels) for _ in range(4)}
+        assert len(workers) == 2 and os.getpid() not in workers
+        for worker in workers:
+            os.kill(worker, number)
+        assert sum(len(batch) for batch in loaded) == 8
+        assert not stop.agreed()  # a worker's signals are not its parent's
+
+
+def start(*argv: str, ranks: int) -> list["subprocess.Popen[str]"]:
+    """The job's processes, as torchrun would start them."""
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(JOB), *argv],
+            env={**os.environ, **there, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            cwd=JOB.parents[2],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+
+
+def wait_for(process: "subprocess.Popen[str]", text: str) -> None:
+    assert process.stdout is not None
+    for line in process.stdout:
+        if text in line:
+            return
+    pytest.fail(f"ended without {text!r}: {process.communicate()[1][-2000:]}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["term", "usr1"])
+def test_signal_to_one_rank_stops_both_after_the_same_step(number: int) -> None:
+    ranks = start("steps", ranks=2)
+    wait_for(ranks[0], "step 3")
+    ranks[1].send_signal(number)
+    said = [rank.communicate(timeout=60) for rank in ranks]
+    stopped = [out.splitlines()[-1] for out, _ in said]
+    assert stopped[0] == stopped[1], said
+    assert stopped[0].startswith("stopped after ")
+    assert [rank.returncode for rank in ranks] == [CODES[signal.Signals(number)]] * 2
+
+
+def test_rank_that_waits_for_a_peer_for_ever_ends_within_the_grace() -> None:
+    ranks = start("hang", ranks=2)
+    wait_for(ranks[0], "waiting")
+    wait_for(ranks[1], "sleeping")
+    ranks[0].send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    errors = ranks[0].communicate(timeout=30)[1]
+    assert time.monotonic() - began < 10
+    assert ranks[0].returncode == 143
+    assert "[rank 0] SIGTERM 1 s ago, and no step has ended since" in errors
+    ranks[1].kill()
+    ranks[1].communicate()

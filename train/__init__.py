@@ -1,0 +1,1 @@
+"""QAT: the loop, learned ranges, distillation, and state that survives being killed."""

@@ -1,0 +1,52 @@
+"""The weights' exponential moving average (EMA), which is judged and exported in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+
+class Average:
+    """Running averages of every parameter, learned ranges included, sharded as they are.
+
+    timm's ModelEma copies the whole module, which a sharded or compiled one does not allow; the
+    warm-up of the decay, (1 + step) / (10 + step) at first, is the one it takes from TensorFlow.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        """Start from the parameters as they are; ``decay`` in (0, 1) is kept per step."""
+        self.decay = decay
+        self._parameters = dict(model.named_parameters())
+        self._averages = {n: p.detach().clone() for n, p in self._parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take in the parameters after step ``step``, from 0."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages = [_local(tensor) for tensor in self._averages.values()]
+        current = [_local(parameter.detach()) for parameter in self._parameters.values()]
+        torch._foreach_lerp_(averages, current, 1.0 - decay)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The averages by parameter name, whole, on the CPU; every rank calls this."""
+        return {name: _whole(tensor).cpu() for name, tensor in self._averages.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take back what `tensors` gave."""
+        for name, average in self._averages.items():
+            saved = tensors[name].to(average.device)
+            if isinstance(average, DTensor):
+                saved = distribute_tensor(saved, average.device_mesh, average.placements)
+            average.copy_(saved)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,176 @@
+"""The student on one or many ranks: compiled blocks, DDP or FSDP2, and its state by plain names.
+
+Whatever the wrapping, a state has the names, shapes and values of the plain model's, so a job may
+go on with another one.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from swinq import distributed
+from swinq.errors import CheckpointError, ConfigError
+from swinq.models.layers import BasicLayer, WindowBlock
+
+WRAPPINGS = ("ddp", "fsdp", "none")
+GRAPHS = 64  # torch.compile's limit for one forward; a Swin needs two a stage, its teacher as many
+
+
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
+    """Compile every block and patch merging, in place, each as one graph.
+
+    Blocks of a stage share a graph, so compiling takes as long as for two blocks a stage, and
+    activation checkpointing can still recompute a block by itself.
+    """
+    torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    for module in _units(model):
+        module.compile(fullgraph=True, dynamic=False, backend=backend)
+    return model
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    """The blocks and patch mergings, in the order of the forward."""
+    stages = [module for module in model.modules() if isinstance(module, BasicLayer)]
+    merges = {id(stage.downsample) for stage in stages}
+    return [m for m in model.modules() if isinstance(m, WindowBlock) or id(m) in merges]
+
+
+def wrap(student: nn.Module, kind: str, device: torch.device) -> nn.Module:
+    """Spread training over the ranks; alone, or for "none", the student stays as it is.
+
+    Args:
+        kind: "ddp" (a replica on each rank) or "fsdp" (parameters, gradients and optimiser state
+            sharded, block by block; the student itself is changed).
+        device: of this rank, where the student is.
+
+    Raises:
+        ConfigError: another kind.
+    """
+    if kind not in WRAPPINGS:
+        raise ConfigError(
+            f"QAT.PARALLEL is {kind!r}; wanted one of {', '.join(WRAPPINGS)}",
+            "ddp is the quickest while model and optimiser fit on one GPU",
+        )
+    if kind == "none" or distributed.world_size() == 1:
+        return student
+    if kind == "ddp":
+        known = inspect.signature(DistributedDataParallel).parameters
+        buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+        options: dict[str, Any] = {buffers: False}  # nothing in them changes; torch renamed it
+        return DistributedDataParallel(
+            student,
+            device_ids=[device] if device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+            **options,
+        )
+    mesh = init_device_mesh(device.type, (distributed.world_size(),))
+    for unit in _units(student):
+        fully_shard(unit, mesh=mesh)
+    fully_shard(student, mesh=mesh)
+    return student
+
+
+def gradient_sync(model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    """Around forward and backward of a micro-batch: ranks exchange gradients only at the last."""
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last)
+    elif isinstance(model, DistributedDataParallel) and not last:
+        return model.no_sync()
+    return nullcontext()
+
+
+@torch.no_grad()
+def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+    """Scale gradients down to a norm; 0 leaves them alone.
+
+    Returns:
+        The norm over all parameters and ranks before that, 0-dim fp32, nothing waits for it.
+    """
+    parameters = list(parameters)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if max_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
+    return norm
+
+
+def full_state(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict of the plain model, on the CPU; every rank calls this, every rank gets it."""
+    return {name: _whole(tensor) for name, tensor in _plain(model).state_dict().items()}
+
+
+def save_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Everything that a step changes, on the CPU; every rank calls this, every rank gets it.
+
+    Returns:
+        "model.<name>" and "optimizer.<parameter>.<exp_avg, exp_avg_sq, step>", whole tensors.
+    """
+    tensors = {f"model.{name}": tensor for name, tensor in full_state(model).items()}
+    for name, parameter in _plain(model).named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer.{name}.{key}"] = _whole(value)
+    return tensors
+
+
+@torch.no_grad()
+def load_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:
+    """Take back what `save_tensors` gave, however either side is wrapped; every rank calls this.
+
+    Raises:
+        CheckpointError: a tensor is missing, or has another shape.
+    """
+    for name, tensor in _plain(model).state_dict().items():
+        tensor.copy_(_placed(_required(tensors, f"model.{name}", tensor.shape), tensor))
+    names = {parameter: name for name, parameter in _plain(model).named_parameters()}
+    state = optimizer.state_dict()
+    for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
+        for parameter, index in zip(group["params"], saved["params"], strict=True):
+            prefix = f"optimizer.{names[parameter]}."
+            state["state"][index] = {
+                name.removeprefix(prefix): _placed(tensor, parameter) if tensor.ndim else tensor
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+    optimizer.load_state_dict(state)
+
+
+def _required(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != shape:
+        found = "is missing" if tensor is None else f"has shape {list(tensor.shape)}"
+        raise CheckpointError(
+            f"the training checkpoint's {name} {found}, wanted {list(shape)}",
+            "it is of another model or recipe: begin another job with --tag NAME",
+        )
+    return tensor
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, sharded or not, as a copy on the CPU."""
+    tensor = tensor.detach()
+    tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.to("cpu", copy=True)
+
+
+def _placed(tensor: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of another, and sharded as it is."""
+    tensor = tensor.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(tensor, like.device_mesh, like.placements)
+    return tensor

@@ -1,0 +1,347 @@
+"""The QAT loop: steps, checkpoints, judgements, and how a killed job goes on.
+
+The student is a copy of the calibrated model. It alone is wrapped, compiled and trained; its state
+comes back into the plain calibrated model whenever that is judged, and at the end.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from timm.loss import SoftTargetCrossEntropy
+from torch import Tensor, nn
+
+from swinq import console, distributed
+from swinq.data.augment import Augmented
+from swinq.data.mixing import Mixing
+from swinq.data.order import StepOrder
+from swinq.data.training import TrainingBatch, TrainingLoader
+from swinq.errors import ConfigError, ExportError, SwinqError
+from swinq.models.layers import SwinBase, set_drop_path
+from swinq.train import parallel
+from swinq.train.average import Average
+from swinq.train.distill import Distillation
+from swinq.train.monitor import Monitor
+from swinq.train.optimizer import Schedule, build_optimizer, weights_of
+from swinq.train.randomness import gather, restore_rank, seed_step
+from swinq.train.ranges import learn_ranges
+from swinq.train.settings import Settings
+from swinq.train.signals import StopRequest
+from swinq.train.state import CheckpointFolder, Saved
+
+AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+CURVE_POINTS = 200  # of loss and rate, kept for the report
+SKIPPED_LIMIT = 50  # steps in a row that fp16's scaler may skip before the job is given up
+
+
+class StoppedError(SwinqError):
+    """The job was asked to stop, and has saved its state."""
+
+    def __init__(self, step: int, total: int, code: int) -> None:
+        super().__init__(
+            f"stopped after step {step} of {total}, as asked; everything is saved",
+            "repeat the same command to go on",
+        )
+        self.code = code
+
+
+@dataclass
+class Progress:
+    """What a job remembers beside its tensors.
+
+    Attributes:
+        curve: (step, loss, rate) from time to time. judged: (step, top-1 in percent).
+        best_step, best_top1: of the judgement that was best so far; the earlier of equals.
+        seconds: spent in the loop, over all runs of the job.
+    """
+
+    curve: list[tuple[int, float, float]] = field(default_factory=list)
+    judged: list[tuple[int, float]] = field(default_factory=list)
+    best_step: int = 0
+    best_top1: float = -1.0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What the loop uses and does not make itself.
+
+    Attributes:
+        images: the training images, with their augmentation. workers: processes that decode them.
+        device: of this rank. identity: what a checkpoint must share with this job, plain JSON.
+        judge: gives the top-1 of the plain model in percent; all ranks call it.
+        keep: stores the plain model as the best so far; all ranks call it.
+    """
+
+    images: Augmented
+    mixing: Mixing
+    distillation: Distillation | None
+    workers: int
+    device: torch.device
+    folder: CheckpointFolder
+    monitor: Monitor
+    identity: dict[str, Any]
+    judge: Callable[[nn.Module], float]
+    keep: Callable[[nn.Module], None]
+
+
+def train(calibrated: SwinBase, around: Surroundings, settings: Settings) -> Progress:
+    """Train until the last epoch, from the newest checkpoint in the folder if there is one.
+
+    Args:
+        calibrated: every range known, on the device; holds the trained weights and ranges
+            afterwards, those of the last step (or of their average).
+
+    Raises:
+        StoppedError: a signal asked for it; the state is saved.
+        ConfigError: the folder's checkpoints are of another job, or too few images for a step.
+        CheckpointError: there are checkpoints, and none of them is whole.
+        SwinqError: the gradient is not finite.
+    """
+    return _Loop(calibrated, around, settings).run()
+
+
+class _Loop:
+    """One rank of a running job."""
+
+    def __init__(self, calibrated: SwinBase, around: Surroundings, settings: Settings) -> None:
+        self.calibrated, self.around, self.settings = calibrated, around, settings
+        world, self.rank = distributed.world_size(), distributed.rank()
+        per_step = settings.accumulation * world
+        self.order = StepOrder(len(around.images), settings.batch, per_step, settings.seed)
+        self.total = settings.epochs * self.order.steps_per_epoch
+        first = self.rank * settings.accumulation
+        self.numbers = range(first, first + settings.accumulation)  # of this rank's micro-batches
+
+        student = copy.deepcopy(calibrated)
+        set_drop_path(student, settings.drop_path)
+        student.set_gradient_checkpointing(settings.checkpointing)
+        ranges = learn_ranges(student, settings.learned) if settings.learned else []
+        names = {id(p): n for n, p in student.named_parameters()}
+        range_names = {names[id(p)] for p in ranges}
+        if settings.compile_blocks:
+            parallel.compile_blocks(student)
+        self.student = student
+        self.model = parallel.wrap(student, settings.parallel, around.device)
+        # FSDP2 has put sharded parameters in the place of those that were there
+        ranges = [p for n, p in student.named_parameters() if n in range_names]
+        self.optimizer = build_optimizer(student, ranges, settings)
+        self.schedule = Schedule(self.optimizer, self.total, settings)
+        self.average = Average(student, settings.ema) if settings.ema else None
+        self.scaler = torch.amp.GradScaler(around.device.type, enabled=settings.amp == "fp16")
+        self.label_loss = SoftTargetCrossEntropy()
+        self.progress = Progress()
+        self.skipped = 0
+        if around.distillation is not None:
+            around.distillation.watch(student)
+
+    def run(self) -> Progress:
+        done = self._resume()
+        self.model.train()
+        self.started = time.monotonic() - self.progress.seconds
+        self._judge_once(done)
+        with StopRequest() as stop:
+            batches = iter(self._loader(done))
+            unread: _Unread | None = None
+            for step in range(done, self.total):
+                latest = self._step(step, batches)
+                if unread is not None:
+                    self._read(unread)
+                unread = latest
+                now = step + 1
+                last, ends = now == self.total, now % self.order.steps_per_epoch == 0
+                stops = stop.agreed()
+                if last or stops or ends or now % self.settings.save_steps == 0:
+                    self._read(unread)  # a state is saved once its step is known to be sound
+                    unread = None
+                    self._save(now, required=last or stops)
+                if stops and not last:
+                    raise StoppedError(now, self.total, stop.exit_code)
+                # after the save: a judgement takes longer than a signal leaves, and can be repeated
+                self._judge_once(now)
+        self._write_back()
+        return self.progress
+
+    def _loader(self, first_step: int) -> TrainingLoader:
+        return TrainingLoader(
+            self.around.images,
+            self.order,
+            first_step=first_step,
+            last_step=self.total,
+            numbers=self.numbers,
+            num_workers=self.around.workers,
+            pin_memory=self.around.device.type == "cuda",
+        )
+
+    def _step(self, step: int, batches: Iterator[TrainingBatch]) -> _Unread:
+        """One step of the optimiser; what it gave stays on the device."""
+        rate = self.schedule.set(step)
+        sums: dict[str, Tensor] = {}
+        for number in self.numbers:
+            batch = next(batches)
+            assert (batch.step, batch.number) == (step, number)
+            seed_step(self.settings.seed, step, number)
+            with parallel.gradient_sync(self.model, number == self.numbers[-1]):
+                parts = self._losses(batch)
+                loss = torch.stack(list(parts.values())).sum() / self.settings.accumulation
+                self.scaler.scale(loss).backward()
+            for name, part in {"loss": loss, **parts}.items():
+                share = part.detach() / (1 if name == "loss" else self.settings.accumulation)
+                sums[name] = sums[name] + share if name in sums else share
+        self.scaler.unscale_(self.optimizer)
+        norm = parallel.clip_gradients(weights_of(self.optimizer), self.settings.clip)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(step)
+        values = torch.stack([norm.float(), *(value.float() for value in sums.values())])
+        return _Unread(step, rate, values, list(sums))
+
+    def _losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
+        """The weighted parts of the loss of a micro-batch, 0-dim fp32 each."""
+        settings, device = self.settings, self.around.device
+        images = batch.images.to(device, non_blocking=True)
+        labels = batch.labels.to(device, non_blocking=True)
+        images, targets = self.around.mixing(images, labels, batch.step, batch.number)
+        distillation = self.around.distillation
+        with self._autocast():
+            wanted = None if distillation is None else distillation.teach(images)
+            logits = self.model(images).float()
+        parts: dict[str, Tensor] = {}
+        if settings.labels:
+            parts["labels"] = settings.labels * self.label_loss(logits, targets)
+        if distillation is not None and wanted is not None:
+            parts |= distillation.losses(logits, wanted)
+        return parts
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.settings.amp == "fp32":
+            return nullcontext()
+        return torch.autocast(self.around.device.type, AMP_TYPES[self.settings.amp])
+
+    def _read(self, unread: _Unread) -> None:
+        """Look at a step's numbers, stop at what is not finite, and show them."""
+        norm, *values = unread.values.tolist()
+        parts = dict(zip(unread.names, values, strict=True))
+        loss, step = parts.pop("loss"), unread.step
+        if norm - norm != 0.0:  # infinite or NaN, the same on all ranks
+            self.skipped += 1
+            if self.settings.amp != "fp16" or self.skipped > SKIPPED_LIMIT:
+                raise SwinqError(
+                    f"the gradient of step {step + 1} is {norm} (loss {loss:g}, rate "
+                    f"{unread.rate:g}); the newest checkpoint is from before it",
+                    "lower --qat-lr, or train with --amp-type bf16 or --disable-amp",
+                )
+        else:
+            self.skipped = 0
+        if step % max(1, self.total // CURVE_POINTS) == 0 or step + 1 == self.total:
+            self.progress.curve.append((step + 1, loss, unread.rate))
+        self.around.monitor.step(step, loss, unread.rate, norm, parts)
+
+    def _judge_once(self, step: int) -> None:
+        """Judge at the start and after epochs, unless a resumed job has been judged there."""
+        epoch, inside = divmod(step, self.order.steps_per_epoch)
+        due = not inside and (step == self.total or epoch % self.settings.eval_epochs == 0)
+        if due and all(step != judged for judged, _ in self.progress.judged):
+            self._judge(step)
+
+    def _judge(self, step: int) -> None:
+        """Measure the plain model with the student's state; keep it if none was better."""
+        self._write_back()
+        top1 = self.around.judge(self.calibrated)
+        progress = self.progress
+        progress.judged.append((step, top1))
+        self.around.monitor.evaluated(step, top1)
+        self.around.monitor.ranges(self.calibrated)
+        if top1 > progress.best_top1:
+            progress.best_step, progress.best_top1 = step, top1
+            self.around.keep(self.calibrated)
+        self.model.train()
+
+    def _write_back(self) -> None:
+        """Copy weights and ranges, or their averages, into the plain calibrated model."""
+        state = parallel.full_state(self.student)
+        if self.average is not None:
+            state |= self.average.tensors()
+        self.calibrated.load_state_dict(state)
+
+    def _save(self, step: int, *, required: bool) -> None:
+        """Write the whole state; a full disk ends the job only where the state is needed now."""
+        tensors = parallel.save_tensors(self.student, self.optimizer)
+        if self.average is not None:
+            tensors |= {f"average.{name}": t for name, t in self.average.tensors().items()}
+        tensors |= gather()
+        self.progress.seconds = time.monotonic() - self.started
+        metadata = {
+            "job": self._job(),
+            "progress": asdict(self.progress),
+            "scaler": self.scaler.state_dict(),
+        }
+        try:
+            path = self.around.folder.save(step, tensors, metadata)
+        except ExportError as error:  # on rank 0 alone
+            if required:
+                raise
+            console.say(f"warning: step {step} could not be saved: {error}", "warning")
+            distributed.barrier()  # where the others wait in save
+            return
+        console.say(f"saved: {path}", "quiet")
+
+    def _resume(self) -> int:
+        """Take up the newest checkpoint; return the number of steps that are done."""
+        saved = self.around.folder.newest()
+        if saved is None:
+            return 0
+        self._require_same_job(saved)
+        parallel.load_tensors(self.student, self.optimizer, saved.tensors)
+        if self.average is not None:
+            prefix = "average."
+            averages = {
+                name.removeprefix(prefix): tensor
+                for name, tensor in saved.tensors.items()
+                if name.startswith(prefix)
+            }
+            self.average.load(averages)
+        if saved.metadata["scaler"]:
+            self.scaler.load_state_dict(saved.metadata["scaler"])
+        restore_rank(saved.tensors)
+        self.progress = Progress(**saved.metadata["progress"])
+        self.progress.curve = [tuple(p) for p in self.progress.curve]  # type: ignore[misc]
+        self.progress.judged = [tuple(p) for p in self.progress.judged]  # type: ignore[misc]
+        console.say(f"resumed: step {saved.step} of {self.total} from {saved.path}", "good")
+        return saved.step
+
+    def _job(self) -> dict[str, Any]:
+        settings = self.settings.decisive()
+        settings["micro_batches"] = settings.pop("accumulation") * distributed.world_size()
+        return {**self.around.identity, **settings, "images": len(self.around.images)}
+
+    def _require_same_job(self, saved: Saved) -> None:
+        ours, theirs = self._job(), saved.metadata["job"]
+        differing = [
+            f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
+            for name in {**theirs, **ours}
+            if theirs.get(name) != ours.get(name)
+        ]
+        if differing:
+            raise ConfigError(
+                f"{saved.path} is of another job: {'; '.join(differing[:4])}",
+                "repeat the command that began it, or begin another with --tag NAME",
+            )
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """The numbers of a step, still on the device: reading them waits for it to finish."""
+
+    step: int
+    rate: float
+    values: Tensor  # (1 + names,) fp32: the gradient's norm, then the sums
+    names: list[str]

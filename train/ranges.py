@@ -1,0 +1,66 @@
+"""Which ranges of a quantized model learn, by kind."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import nn
+
+from swinq.errors import ConfigError
+from swinq.quant.insert import named_quantizers, used_quantizers
+
+# kind -> the quantizers of a layer that belong to it, by the last part of their names
+_MEMBERS = {
+    "input": ("input_quantizer",),
+    "weight": ("weight_quantizer",),
+    "output": ("output_quantizer",),
+    "attention": (
+        "q_quantizer",
+        "k_quantizer",
+        "v_quantizer",
+        "mha_q_quantizer",
+        "mha_k_quantizer",
+    ),
+    "probabilities": ("a_quantizer",),
+}
+KINDS = tuple(_MEMBERS)
+
+
+def kind_of(quantizer: str) -> str:
+    """The kind that a quantizer's name belongs to."""
+    member = quantizer.rpartition(".")[2]
+    return next(kind for kind, members in _MEMBERS.items() if member in members)
+
+
+def learn_ranges(model: nn.Module, kinds: Collection[str]) -> list[nn.Parameter]:
+    """Let the ranges of some kinds learn, in place, where the model and its int8_mode use them.
+
+    Returns:
+        The new parameters, logarithms of the ranges, in the order of the forward.
+
+    Raises:
+        ConfigError: an unknown kind, or kinds of which this model has no quantizer.
+        CalibrationError: a range that is not known yet.
+    """
+    unknown = [kind for kind in kinds if kind not in KINDS]
+    if unknown:
+        raise ConfigError(
+            f"ranges of kind {unknown[0]!r} cannot learn; wanted some of {', '.join(KINDS)}",
+            "correct QAT.LEARN_RANGES",
+        )
+    chosen = [
+        quantizer for name, quantizer in used_quantizers(model).items() if kind_of(name) in kinds
+    ]
+    if not chosen:
+        raise ConfigError(
+            f"the model has no quantizer of the kinds that should learn: {', '.join(kinds)}",
+            "name other kinds in QAT.LEARN_RANGES (probabilities have a range only where they are "
+            "static), or [] to leave every range as it is",
+        )
+    return [quantizer.learn_range() for quantizer in chosen]
+
+
+def fix_ranges(model: nn.Module) -> None:
+    """Keep every learned range as it is now, in place."""
+    for quantizer in named_quantizers(model).values():
+        quantizer.fix_range()
