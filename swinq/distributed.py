@@ -10,7 +10,8 @@ from __future__ import annotations
 import os
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -204,6 +205,22 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
     return tensor
 
 
+@contextmanager
+def lost_peers_named(what: str) -> Iterator[None]:
+    """Says which rank noticed when another is gone or silent in torch's own collectives, as DDP's.
+
+    Raises:
+        SwinqError: in the place of torch's error; others pass through.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # NCCL's errors have a class; gloo's are told by the source file that they name
+        if world_size() > 1 and (isinstance(error, _joined().DistError) or "gloo" in str(error)):
+            raise _lost_peer(what, error) from error
+        raise
+
+
 def _exchange(what: str, tensor: Tensor, collective: Callable[[Tensor], object]) -> None:
     """Runs a collective on a flat copy where the backend can reach it; writes the result back."""
     import torch
@@ -223,11 +240,15 @@ def _collect(what: str, collective: Callable[[], object]) -> None:
     try:
         collective()
     except RuntimeError as error:
-        raise SwinqError(
-            f"rank {rank()} of {world_size()} on {socket.gethostname()}: "
-            f"{what} over the ranks failed: {_first(error)}",
-            "another rank has stopped or hangs: the first error in the log is the cause",
-        ) from error
+        raise _lost_peer(what, error) from error
+
+
+def _lost_peer(what: str, error: BaseException) -> SwinqError:
+    return SwinqError(
+        f"rank {rank()} of {world_size()} on {socket.gethostname()}: "
+        f"{what} over the ranks failed: {_first(error)}",
+        "another rank has stopped or hangs: the first error in the log is the cause",
+    )
 
 
 def _joined() -> Any:  # noqa: ANN401  (a module)

@@ -58,6 +58,16 @@ try:
     distributed.all_reduce_sum_(torch.tensor(1))
 except SwinqError as error:
     print(error, flush=True)
+try:
+    with distributed.lost_peers_named("training"):
+        torch.distributed.all_reduce(torch.zeros(1))
+except SwinqError as error:
+    print(error, flush=True)
+try:
+    with distributed.lost_peers_named("training"):
+        raise RuntimeError("a mistake of its own")
+except RuntimeError as error:
+    print(error, flush=True)
     os._exit(3)
 """
 
@@ -107,7 +117,9 @@ def test_a_lost_rank_is_an_error_that_says_so_at_once(repo_root: Path) -> None:
     output, _ = ranks[0].communicate(timeout=120)
     assert time.monotonic() - since < 20  # the timeout is 30 s: nobody waited for it
     assert ranks[0].returncode == 3, output
-    assert "rank 0 of 2 on" in output and "sum over the ranks failed" in output
+    assert output.count("rank 0 of 2 on") == 2
+    assert "sum over the ranks failed" in output and "training over the ranks failed" in output
+    assert output.splitlines()[-1] == "a mistake of its own"
     assert "the first error in the log is the cause" in output
 
 

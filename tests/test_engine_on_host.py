@@ -27,7 +27,12 @@ from swinq.int8.model import Int8Swin
 from swinq.int8.plan import Weights, _model
 from swinq.models.architecture import Architecture
 from tests.export.calibrated_model import lively_model
-from tests.int8.made_checkpoint import made_architecture, made_checkpoint, write_made
+from tests.int8.made_checkpoint import (
+    made_architecture,
+    made_checkpoint,
+    overflowing_attention,
+    write_made,
+)
 
 LIBRARY = Path(__file__).resolve().parents[1] / "build" / "kernels" / "libswinq_host.so"
 
@@ -212,6 +217,17 @@ def test_an_overflow_of_the_stream_before_a_merge_makes_nan(library: Library, ve
     checkpoint = made_checkpoint(arch)
     norm = "layers.0.blocks.1.norm2" if version == 2 else "patch_embed.norm"
     checkpoint.tensors[f"{norm}.bias"][3] = 7e4  # beyond fp16
+    with plan_of(library, checkpoint) as plan:
+        found = forward(library, plan, made_images(arch), arch.num_classes)
+    assert bool(found.isnan().all())
+
+
+@pytest.mark.parametrize(("version", "row"), [(1, 5), (1, 37), (1, 70), (2, 70)])
+def test_an_overflow_in_an_fp16_attention_makes_nan_though_codes_would_hide_it(
+    library: Library, version: int, row: int
+) -> None:
+    checkpoint = overflowing_attention(version, row)
+    arch = checkpoint.architecture
     with plan_of(library, checkpoint) as plan:
         found = forward(library, plan, made_images(arch), arch.num_classes)
     assert bool(found.isnan().all())

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import stat
 import subprocess
 from pathlib import Path
@@ -155,27 +156,74 @@ def test_export_is_mode_1_unless_told_otherwise(checkout: Path) -> None:
     assert "INT8.MODE 2" in run(checkout, "export.sh", "calibrated.safetensors", MODE="2").stdout
 
 
-def test_slurm_job_gives_every_node_the_same_rendezvous(checkout: Path, tmp_path: Path) -> None:
-    program(tmp_path / "bin" / "srun", '#!/bin/sh\necho "srun $*"\n')
-    program(tmp_path / "bin" / "scontrol", "#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
-    ran = run(
-        checkout,
-        "slurm_calib.sbatch",
-        "/data/imagenet",
-        "swin.pth",
-        PATH=f"{tmp_path / 'bin'}:{os.environ['PATH']}",
-        SLURM_SUBMIT_DIR=str(checkout),
-        SLURM_JOB_ID="123456",
-        SLURM_JOB_NODELIST="node[7-8]",
-        SLURM_NNODES="2",
-        SLURM_GPUS_ON_NODE="4",
-        SLURM_CPUS_PER_TASK="48",
-    )
+# Tells the nodes, and says what it is asked beyond that.
+SCONTROL = """#!/bin/sh
+case "$1" in show) printf 'node7\\nnode8\\n' ;; *) echo "scontrol $*" ;; esac
+"""
+
+
+def slurm(checkout: Path, srun: str) -> dict[str, str]:
+    """The environment of a SLURM job, with stand-ins for its programs."""
+    programs = checkout.parent / "bin"
+    program(programs / "srun", srun)
+    program(programs / "scontrol", SCONTROL)
+    return {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "SLURM_SUBMIT_DIR": str(checkout),
+        "SLURM_JOB_ID": "123456",
+        "SLURM_JOB_NODELIST": "node[7-8]",
+        "SLURM_NNODES": "2",
+        "SLURM_GPUS_ON_NODE": "4",
+        "SLURM_CPUS_PER_TASK": "48",
+    }
+
+
+@pytest.mark.parametrize("action", ["calib", "train"])
+def test_slurm_job_gives_every_node_the_same_rendezvous(checkout: Path, action: str) -> None:
+    script = f"slurm_{action}.sbatch"
+    ran = run(checkout, script, "/data/imagenet", "swin.pth", **slurm(checkout, ECHO))
     assert ran.returncode == 0, ran.stderr
     assert "srun --cpus-per-task 48 .venv/bin/torchrun" in ran.stdout
     assert "--nnodes 2 --nproc_per_node 4" in ran.stdout
     assert "--rdzv_endpoint node7:23456" in ran.stdout
-    assert "swinq/main.py --calib --data-path /data/imagenet --resume swin.pth" in ran.stdout
+    assert f"swinq/main.py --{action} --data-path /data/imagenet --resume swin.pth" in ran.stdout
+    assert "requeue" not in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "ending"),
+    [
+        (signal.SIGUSR1, 1, "scontrol requeue 123456\n"),  # the time is up
+        (signal.SIGUSR1, 0, ""),  # but the last step was done
+        (signal.SIGTERM, 1, ""),  # preempted: SLURM queues it again
+    ],
+)
+def test_slurm_training_that_must_leave_saves_first(
+    checkout: Path, number: int, status: int, ending: str
+) -> None:
+    srun = f"""#!/bin/sh
+    trap 'echo saving; sleep 0.2; exit {status}' {int(number)}
+    echo started
+    while :; do sleep 0.05; done
+    """
+    job = subprocess.Popen(
+        ["bash", checkout / "scripts" / "slurm_train.sbatch", "/data/imagenet", "swin.pth"],
+        env=slurm(checkout, srun),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None and job.stdout.readline() == "started\n"
+    job.send_signal(number)
+    said, _ = job.communicate(timeout=20)
+    assert said == "saving\n" + ending
+    assert job.returncode == (0 if ending else status)
+
+
+def test_slurm_training_that_fails_is_not_queued_again(checkout: Path) -> None:
+    failing = slurm(checkout, "#!/bin/sh\nexit 3\n")
+    ran = run(checkout, "slurm_train.sbatch", "/data/imagenet", "swin.pth", **failing)
+    assert ran.returncode == 3
+    assert ran.stdout == ""
 
 
 def test_tests_are_linted_typed_and_covered(checkout: Path) -> None:

@@ -22,8 +22,12 @@ from torch.optim import Optimizer
 from swinq import distributed
 from swinq.errors import CheckpointError, ConfigError
 from swinq.models.layers import BasicLayer, WindowBlock
+from swinq.quant.insert import used_quantizers
 
 WRAPPINGS = ("ddp", "fsdp", "none")
+# Rounding belongs into the kernels that read or write a tensor anyway. By default inductor writes
+# out, in fp32, what several kernels use and what takes more than 4 reads or 30 operations.
+INLINED = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
 GRAPHS = 64  # torch.compile's limit for one forward; a Swin needs two a stage, its teacher as many
 
 
@@ -34,8 +38,9 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     activation checkpointing can still recompute a block by itself.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    options = INLINED if backend == "inductor" else None
     for module in _units(model):
-        module.compile(fullgraph=True, dynamic=False, backend=backend)
+        module.compile(fullgraph=True, dynamic=False, backend=backend, options=options)
     return model
 
 
@@ -144,6 +149,8 @@ def load_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, T
                 if name.startswith(prefix)
             }
     optimizer.load_state_dict(state)
+    for quantizer in used_quantizers(_plain(model), any_mode=True).values():
+        quantizer.refresh_scale()
 
 
 def _required(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:

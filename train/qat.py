@@ -104,7 +104,8 @@ def train(calibrated: SwinBase, around: Surroundings, settings: Settings) -> Pro
         CheckpointError: there are checkpoints, and none of them is whole.
         SwinqError: the gradient is not finite.
     """
-    return _Loop(calibrated, around, settings).run()
+    with distributed.lost_peers_named("training"):
+        return _Loop(calibrated, around, settings).run()
 
 
 class _Loop:
@@ -155,9 +156,8 @@ class _Loop:
                     self._read(unread)
                 unread = latest
                 now = step + 1
-                last, ends = now == self.total, now % self.order.steps_per_epoch == 0
-                stops = stop.agreed()
-                if last or stops or ends or now % self.settings.save_steps == 0:
+                last, stops = now == self.total, stop.agreed()
+                if last or stops or self._due(now) or now % self.settings.save_steps == 0:
                     self._read(unread)  # a state is saved once its step is known to be sound
                     unread = None
                     self._save(now, required=last or stops)
@@ -245,16 +245,20 @@ class _Loop:
             self.progress.curve.append((step + 1, loss, unread.rate))
         self.around.monitor.step(step, loss, unread.rate, norm, parts)
 
-    def _judge_once(self, step: int) -> None:
-        """Judge at the start and after epochs, unless a resumed job has been judged there."""
+    def _due(self, step: int) -> bool:
+        """Whether the model is judged after this step: at the start, and at the end of epochs."""
         epoch, inside = divmod(step, self.order.steps_per_epoch)
-        due = not inside and (step == self.total or epoch % self.settings.eval_epochs == 0)
-        if due and all(step != judged for judged, _ in self.progress.judged):
+        return not inside and (step == self.total or epoch % self.settings.eval_epochs == 0)
+
+    def _judge_once(self, step: int) -> None:
+        """Judge where that is due, unless a resumed job has been judged there already."""
+        if self._due(step) and all(step != judged for judged, _ in self.progress.judged):
             self._judge(step)
 
     def _judge(self, step: int) -> None:
         """Measure the plain model with the student's state; keep it if none was better."""
-        self._write_back()
+        if step:  # before the first one it is what was calibrated, to the bit
+            self._write_back()
         top1 = self.around.judge(self.calibrated)
         progress = self.progress
         progress.judged.append((step, top1))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,10 +20,10 @@ import torch
 import torch.distributed as group
 
 from swinq import console, distributed
-from swinq.errors import SwinqError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-GRACE_S = 20.0  # torchrun gives ranks 30 s after SIGTERM
+# Share of torchrun's patience, 30 s by default, in which a step must end; saving has the rest
+GRACE_SHARE = 2 / 3
 _CLOSE = b"\0"  # no signal's number
 
 
@@ -35,11 +34,13 @@ class StopRequest:
     a signal, because a peer is gone or a step is too long, exits at once with the exit code.
 
     Args:
-        grace_s: seconds from a signal to the end of a step, at most.
+        grace_s: seconds from a signal to the end of a step, at most; None is 20, or more where
+            TORCH_ELASTIC_SHUTDOWN_TIMEOUT has made torchrun wait longer before it kills.
     """
 
-    def __init__(self, grace_s: float = GRACE_S) -> None:
-        self.grace_s = grace_s
+    def __init__(self, grace_s: float | None = None) -> None:
+        patience_s = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
+        self.grace_s = patience_s * GRACE_SHARE if grace_s is None else grace_s
         self._received = 0  # the first signal's number here, 0 for none
         self._agreed = 0  # the number on which all ranks agreed
         self._interrupts = 0
@@ -150,15 +151,9 @@ class _Maximum:
         Raises:
             SwinqError: another rank has gone.
         """
-        try:
+        with distributed.lost_peers_named("the wish to stop"):
             if self._copied is not None:
                 self._copied.synchronize()
             else:
                 self._work.wait()
-        except RuntimeError as error:
-            raise SwinqError(
-                f"rank {distributed.rank()} of {distributed.world_size()} on "
-                f"{socket.gethostname()}: another rank is gone: {str(error).splitlines()[0][:200]}",
-                "the first error in the log is the cause",
-            ) from error
         return int(self._value)

@@ -23,7 +23,7 @@ from torch import Tensor
 from swinq import __version__, console, distributed
 from swinq.errors import CheckpointError, ExportError
 from swinq.export.format import decode, encode
-from swinq.export.integrity import digest, digests, write_atomically
+from swinq.export.integrity import digests, write_atomically
 
 FORMAT, FORMAT_VERSION = "swinq-training", "1"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -136,8 +136,7 @@ def _write(
         "step": str(step),
         "state": encode(dict(metadata)),
     }
-    wanted = digests(tensors, described)
-    described["digests"] = encode(wanted)
+    described["digests"] = encode(digests(tensors, described))
     data = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     texts = sum(map(len, described.values()))
 
@@ -152,12 +151,11 @@ def _write(
     def verify(partial: Path) -> None:
         try:
             with safe_open(partial, framework="pt") as file:
-                same = dict(file.metadata()) == described and all(
-                    digest(file.get_tensor(name)) == wanted[name] for name in tensors
-                )
+                read = dict(file.metadata())
+                found = digests({name: file.get_tensor(name) for name in tensors}, read)
         except SafetensorError as error:
             raise _os_error(error) from error
-        if not same:
+        if read != described or encode(found) != described["digests"]:
             raise ExportError(
                 f"{path}: what was written does not read back",
                 "earlier checkpoints are untouched; check the disk, then run the command again",

@@ -227,12 +227,17 @@ def _distillation(
     teacher = copy.deepcopy(float_model)
     if distill.TEACHER:
         teacher = api.load(distill.TEACHER, ranges=False, device=session.device)
-        ours, theirs = float_model.arch, teacher.arch  # type: ignore[union-attr]
+        if isinstance(teacher, IntegerModel):
+            raise ConfigError(
+                f"--teacher {distill.TEACHER} is an exported INT8 checkpoint, wanted a float one",
+                "give the checkpoint it was made from, or leave --teacher out",
+            )
+        ours, theirs = float_model.arch, teacher.arch
         for name in ("num_classes", "img_size"):
-            if getattr(ours, name) != getattr(theirs, name):  # type: ignore[arg-type]
+            if getattr(ours, name) != getattr(theirs, name):
                 raise ConfigError(
-                    f"--teacher {distill.TEACHER} has {name} {getattr(theirs, name)}, the model "  # type: ignore[arg-type]
-                    f"{getattr(ours, name)}",  # type: ignore[arg-type]
+                    f"--teacher {distill.TEACHER} has {name} {getattr(theirs, name)}, the model "
+                    f"{getattr(ours, name)}",
                     "give a teacher for the same images and classes",
                 )
     return Distillation(

@@ -15,6 +15,7 @@ import secrets
 import shutil
 import socket
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def digest(tensor: torch.Tensor) -> str:
 
 def digests(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
     """Digest of every tensor, and under `__metadata__` that of all metadata but the digests."""
-    found = {name: digest(tensor) for name, tensor in tensors.items()}
+    with ThreadPoolExecutor() as pool:  # hashing runs outside of Python's lock
+        found = dict(zip(tensors, pool.map(digest, tensors.values()), strict=True))
     rest = {key: value for key, value in metadata.items() if key != "digests"}
     found[METADATA_DIGEST] = hashlib.sha256(encode(rest).encode()).hexdigest()
     return found

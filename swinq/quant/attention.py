@@ -106,7 +106,8 @@ class QuantAttention(nn.Module):
         windows, tokens, _ = qkv.shape
         head_dim = self.dim // self.num_heads
         qkv = qkv.reshape(windows, tokens, 3, self.num_heads, head_dim).permute(2, 0, 3, 1, 4)
-        return qkv[0], qkv[1], qkv[2]  # each (B*nW, heads, N, head_dim)
+        q, k, v = qkv.unbind(0)  # each (B*nW, heads, N, head_dim)
+        return q, k, v
 
     def _add_bias_and_mask(self, scores: Tensor, mask: Tensor | None) -> Tensor:
         bias = self.relative_position_bias()  # (heads, N, N)

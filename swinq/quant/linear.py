@@ -18,7 +18,7 @@ from swinq.quant.quantizer import QuantDescriptor, TensorQuantizer
 from swinq.quant.spec import UNROUNDED_IN_MODE_2, QuantSpec
 
 # On one operand's codes under autocast: exact in bf16 and fp16, and the sum of as many products as
-# a Swin has (8192 at most) stays within fp16's range. So do gradients, whose factor it enlarges.
+# a Swin has (8192 at most) stays within fp16's range.
 AMP_SHIFT = 2.0**-11
 
 
@@ -41,6 +41,35 @@ def multiply_codes(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
     if product_type(a.device) != torch.float32:
         return (a @ (b * AMP_SHIFT)).float() * (factor / AMP_SHIFT)
     return (a @ b) * factor
+
+
+class _TrainedLinear(torch.autograd.Function):
+    """multiply_codes(codes, weight_codes.T, factor) + bias, with the backward of an AMP linear.
+
+    The output's gradient is rounded to the product's type once, for input, weight and bias alike;
+    left to autograd it would be kept in fp32, and once more times the factor.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, codes: Tensor, weight_codes: Tensor, factor: Tensor, bias: Tensor | None
+    ) -> Tensor:
+        dtype = product_type(codes.device)
+        a, w = (codes * AMP_SHIFT).to(dtype), weight_codes.to(dtype)
+        ctx.save_for_backward(a, w, factor)
+        y = (a @ w.T).float() * (factor / AMP_SHIFT)
+        return y if bias is None else y + bias
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor | None]:
+        a, w, factor = ctx.saved_tensors
+        per_row = factor.unsqueeze(-1)
+        grad = grads[0].to(a.dtype)
+        rows = grad.flatten(0, -2)  # (tokens, out)
+        grad_codes = grad @ (w.float() * per_row).to(a.dtype)
+        grad_weight = (rows.T @ a.flatten(0, -2)).float() * (per_row / AMP_SHIFT)
+        grad_bias = rows.sum(0, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        return grad_codes.float(), grad_weight, None, grad_bias
 
 
 def round_to_half(x: Tensor) -> Tensor:
@@ -142,10 +171,16 @@ class QuantLinear(nn.Module):
         if self.precision == "fp16":
             return F.linear(round_to_half(x), round_to_half(self.weight), self.full_bias())
         codes, _ = self.input_quantizer.codes(x)
-        y = multiply_codes(codes, self._weight_codes().T, self._factor())
         if self.before_bias:
-            return self.output_quantizer(y) + self.export_bias()
-        return self.output_quantizer(y + self.export_bias())
+            return self.output_quantizer(self._product(codes, None)) + self.export_bias()
+        return self.output_quantizer(self._product(codes, self.export_bias()))
+
+    def _product(self, codes: Tensor, bias: Tensor | None) -> Tensor:
+        weight_codes, factor = self._weight_codes(), self._factor()
+        if torch.is_grad_enabled() and (codes.requires_grad or weight_codes.requires_grad):
+            return _TrainedLinear.apply(codes, weight_codes, factor, bias)
+        y = multiply_codes(codes, weight_codes.T, factor)
+        return y if bias is None else y + bias
 
     def integer_weight(self) -> tuple[Tensor, Tensor]:
         """Return int8 codes (out, in) in [-127, 127] and their fp32 scale (out,).

@@ -46,6 +46,8 @@ class TensorQuantizer(nn.Module):
     """
 
     _amax: Tensor
+    _scale: Tensor
+    _inverse: Tensor
     log_amax: nn.Parameter | None
 
     def __init__(self, descriptor: QuantDescriptor, channels: int | None = None) -> None:
@@ -55,9 +57,11 @@ class TensorQuantizer(nn.Module):
         self.enabled = True
         self.name = ""
         self.observer: Callable[[Tensor], None] | None = None
-        self._cached_scale: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
+        self._scale_is_of: tuple[Tensor, int] | None = None
         shape = () if descriptor.axis is None or channels is None else (channels,)
-        self.register_buffer("_amax", torch.full(shape, float("nan")))
+        for name in ("_amax", "_scale", "_inverse"):
+            unknown = torch.full(shape, float("nan"))
+            self.register_buffer(name, unknown, persistent=name == "_amax")
         self.register_parameter("log_amax", None)
 
     @property
@@ -98,6 +102,7 @@ class TensorQuantizer(nn.Module):
             )
         self.log_amax = None
         self._amax = amax.clone()
+        self.refresh_scale()
 
     def learn_range(self) -> nn.Parameter:
         """Make the range a parameter, from where it is; a dead one has no gradient and stays.
@@ -118,7 +123,9 @@ class TensorQuantizer(nn.Module):
 
     def _bounded(self, log_amax: Tensor) -> Tensor:
         """The range that a logarithm stands for: within the limit, 0 if dead, of amax's shape."""
-        amax = log_amax.exp().clamp(max=self.descriptor.limit or math.inf)
+        amax = log_amax.exp()
+        if self.descriptor.limit is not None:
+            amax = amax.clamp(max=self.descriptor.limit)
         return torch.where(amax < SMALLEST_AMAX, 0.0, amax).view(self._amax.shape)
 
     def observe(self, x: Tensor) -> None:
@@ -132,16 +139,25 @@ class TensorQuantizer(nn.Module):
         Raises:
             CalibrationError: the range is not known yet.
         """
-        if self.log_amax is not None or torch.compiler.is_compiling():
+        if self.log_amax is not None:
             return scale_and_inverse(self.amax)
-        cached = self._cached_scale  # holds the tensor: an address alone may be used again
-        if cached is not None and cached[0] is self._amax and cached[1] == self._amax._version:
-            return cached[2]
+        if not torch.compiler.is_compiling():
+            self.refresh_scale()
+        return self._scale, self._inverse
+
+    def refresh_scale(self) -> None:
+        """Compute the scale anew if the range has changed, which compiled code does not look for.
+
+        Raises:
+            CalibrationError: the range is not known yet.
+        """
+        known = self._scale_is_of  # holds the tensor: an address alone may be used again
+        if known is not None and known[0] is self._amax and known[1] == self._amax._version:
+            return
         self._require_calibrated()
-        with torch.inference_mode(False):  # the cache must also serve a backward later
-            scales = scale_and_inverse(self._amax)
-        self._cached_scale = (self._amax, self._amax._version, scales)
-        return scales
+        with torch.inference_mode(False):  # it must also serve a backward later
+            self._scale, self._inverse = scale_and_inverse(self._amax)
+        self._scale_is_of = (self._amax, self._amax._version)
 
     def _require_calibrated(self) -> None:
         if not self.calibrated:
@@ -168,8 +184,9 @@ class TensorQuantizer(nn.Module):
         low, high = self.descriptor.low, self.descriptor.high
         log_amax = None
         if self.log_amax is not None:
-            bounded = self.log_amax.clamp(max=math.log(self.descriptor.limit or math.inf))
-            log_amax = self.broadcast(bounded.view(self._amax.shape), x.ndim)
+            log_amax = self.broadcast(self.log_amax.view(self._amax.shape), x.ndim)
+            if self.descriptor.limit is not None:  # no gradient leads further beyond it
+                log_amax = log_amax.clamp(max=math.log(self.descriptor.limit))
         codes = quantize(x, self.broadcast(inverse, x.ndim), low, high, log_amax)
         return codes, self.broadcast(scale, x.ndim)
 
@@ -197,3 +214,5 @@ class TensorQuantizer(nn.Module):
             log_amax = state_dict.pop(prefix + "log_amax")
             state_dict[prefix + "_amax"] = self._bounded(log_amax)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if not bool(self._amax.isnan().any()):
+            self.refresh_scale()

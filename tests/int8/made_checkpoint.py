@@ -37,6 +37,19 @@ def made_architecture(version: int = 1, **changes: object) -> Architecture:
     return arch
 
 
+def overflowing_attention(version: int, row: int) -> Int8Checkpoint:
+    """One whose only fp16 layer is an attention, between int8 ones, with a number too large.
+
+    Args:
+        row: of qkv's bias, which holds it: 32 channels of q, then of k, then of v.
+    """
+    arch = made_architecture(version)
+    name = "layers.0.blocks.1.attn"
+    checkpoint = made_checkpoint(arch, precision={**default_precision(arch, 1), name: "fp16"})
+    checkpoint.tensors[f"{name}.qkv.bias"][row] = -1e6
+    return checkpoint
+
+
 def made_tensors(
     arch: Architecture, precision: Mapping[str, str], mode: int, *, seed: int = 0
 ) -> dict[str, Tensor]:

@@ -19,7 +19,12 @@ from swinq.int8.model import Int8Swin
 from swinq.models.architecture import Architecture
 from tests.export.calibrated_model import lively_model
 from tests.int8 import fake_engine
-from tests.int8.made_checkpoint import made_architecture, made_checkpoint, write_made
+from tests.int8.made_checkpoint import (
+    made_architecture,
+    made_checkpoint,
+    overflowing_attention,
+    write_made,
+)
 from tests.int8.test_model import VARIANTS, images, mixed_precision
 
 
@@ -307,6 +312,7 @@ def test_streams_run_at_once_without_mixing() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 @needs_library
 def test_forward_neither_waits_nor_allocates() -> None:
     arch = made_architecture()
@@ -356,6 +362,17 @@ def test_overflow_of_the_stream_is_reported_though_codes_would_hide_it(name: str
     checkpoint.tensors[name][0] = 1e6
     with pytest.raises(SwinqError, match="overflowed on image 0"):
         CudaSwin(checkpoint)(images(arch, 1))
+
+
+@pytest.mark.gpu
+@needs_library
+@pytest.mark.parametrize(("version", "row"), [(1, 5), (1, 37), (1, 70), (2, 70)])
+def test_overflow_of_an_fp16_attention_is_reported_though_codes_would_hide_it(
+    version: int, row: int
+) -> None:
+    checkpoint = overflowing_attention(version, row)
+    with pytest.raises(SwinqError, match="overflowed on image 0"):
+        CudaSwin(checkpoint)(images(checkpoint.architecture, 1))
 
 
 @pytest.mark.gpu

@@ -12,7 +12,12 @@ from swinq.export.format import UNROUNDED, default_precision, layer_names, layer
 from swinq.int8 import windows
 from swinq.int8.model import Int8Swin
 from swinq.models.architecture import Architecture
-from tests.int8.made_checkpoint import made_architecture, made_checkpoint, write_made
+from tests.int8.made_checkpoint import (
+    made_architecture,
+    made_checkpoint,
+    overflowing_attention,
+    write_made,
+)
 
 VARIANTS = {
     "v1": made_architecture(1),
@@ -226,6 +231,15 @@ def test_overflow_of_the_stream_is_an_error_though_codes_would_hide_it(name: str
     with pytest.raises(SwinqError, match=r"residual stream of layers\.0 overflowed") as caught:
         Int8Swin(checkpoint)(images(arch, 1))
     assert caught.value.fix
+
+
+@pytest.mark.parametrize(("version", "row"), [(1, 5), (1, 37), (1, 70), (2, 70)])
+def test_overflow_of_an_fp16_attention_is_an_error_though_codes_would_hide_it(
+    version: int, row: int
+) -> None:
+    checkpoint = overflowing_attention(version, row)
+    with pytest.raises(SwinqError, match=r"q, k or v of layers\.0\.blocks\.1\.attn overflowed"):
+        Int8Swin(checkpoint)(images(checkpoint.architecture, 1))
 
 
 def test_overflow_of_the_logits_is_an_error() -> None:

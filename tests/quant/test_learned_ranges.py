@@ -3,17 +3,19 @@
 import copy
 import math
 from contextlib import nullcontext
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from swinq.errors import CalibrationError
 from swinq.models.architecture import Architecture
 from swinq.quant.affine import SMALLEST_AMAX
 from swinq.quant.attention import row_max_codes
 from swinq.quant.insert import named_quantizers, quantize_model, used_quantizers
-from swinq.quant.linear import QuantLinear, multiply_codes
+from swinq.quant.linear import AMP_SHIFT, QuantLinear, multiply_codes
 from swinq.quant.quantizer import QuantDescriptor, TensorQuantizer
 from swinq.quant.spec import QuantSpec
 from tests.quant.ranges import set_ranges_to_maxima
@@ -165,7 +167,7 @@ def test_learning_finds_the_range_of_least_error() -> None:
         return (quantizer(x)[1:] - x[1:]).square().mean()
 
     before = float(error().detach())
-    for _ in range(100):
+    for _ in range(200):
         optimizer.zero_grad()
         error().backward()
         optimizer.step()
@@ -233,39 +235,48 @@ def test_products_of_codes_are_exact_up_to_one_rounding_of_the_amp_type(dtype: t
     assert share > 0.9  # a backend may round sums of parts
 
 
-@pytest.mark.parametrize("recipe_probabilities", ["row_max", "static"])
+class Products(TorchDispatchMode):
+    """Keeps the operands of every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operands: list[tuple[Tensor, Tensor]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.operands.append((args[0], args[1]))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("probabilities", ["row_max", "static"])
 @pytest.mark.parametrize("version", [1, 2])
-def test_under_amp_products_see_the_very_codes_of_fp32(
+def test_under_amp_products_see_the_very_codes_and_the_rest_is_fp32(
     version: int,
-    recipe_probabilities: str,
+    probabilities: str,
+    training: bool,
     tiny_architecture: Architecture,
     tiny_architecture_v2: Architecture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     architecture = tiny_architecture if version == 1 else tiny_architecture_v2
-    model = quantized_tiny(architecture, QuantSpec(probabilities=recipe_probabilities))
-    seen: list[tuple[Tensor, Tensor]] = []
-
-    def keep(a: Tensor, b: Tensor, factor: Tensor) -> Tensor:
-        assert factor.dtype == torch.float32
-        seen.append((a, b))
-        return multiply_codes(a, b, factor)
-
-    monkeypatch.setattr("swinq.quant.linear.multiply_codes", keep)
-    monkeypatch.setattr("swinq.quant.attention.multiply_codes", keep)
+    model = quantized_tiny(architecture, QuantSpec(probabilities=probabilities))
     block = model.layers[0].blocks[1]
     x = torch.randn(2, 256, 32)
     outputs = []
-    for amp in (nullcontext(), torch.autocast("cpu", torch.bfloat16)):
-        seen.clear()
-        with amp:
-            outputs.append(block(x))
-        assert len(seen) == 6  # qkv, q k, p v, proj, fc1, fc2
-        for a, b in seen:
-            for codes in (a, b):
-                exact = codes.to(torch.bfloat16).float()
-                assert torch.equal(exact, codes.float()) and torch.equal(exact, exact.round())
-                assert exact.abs().max() <= 255
+    for dtype in (torch.float32, torch.bfloat16):
+        amp = torch.autocast("cpu", dtype) if dtype != torch.float32 else nullcontext()
+        with Products() as products, torch.set_grad_enabled(training), amp:
+            outputs.append(block(x).detach())
+        coded = [pair for pair in products.operands if pair[0].shape[-1] != 2]  # not v2's cpb_mlp
+        coded = [pair for pair in coded if pair[0].shape[-1] != 512]
+        assert len(coded) == 6  # qkv, q k, p v, proj, fc1, fc2
+        for pair in coded:
+            for codes in pair:
+                assert codes.dtype == dtype
+                integers = codes.double()
+                integers = integers / AMP_SHIFT if integers.abs().max() < 1 else integers
+                assert torch.equal(integers, integers.round())
+                assert 1 <= integers.abs().max() <= 255
         assert outputs[-1].dtype == torch.float32
     difference = (outputs[0] - outputs[1]).norm() / outputs[0].norm()
     assert 0.0 < float(difference) < 0.02

@@ -25,7 +25,9 @@ def fail(kind: str) -> None:
         raise RuntimeError("planted fault")
     if kind == "leave":
         os._exit(0)
-    os.kill(os.getpid(), signal.SIGKILL if kind == "kill" else signal.SIGSTOP)
+    if kind == "hang":
+        time.sleep(1000)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def main() -> int:

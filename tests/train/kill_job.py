@@ -39,8 +39,8 @@ from swinq.train import parallel, qat, state
 SAVE_STEPS = 4
 COMMAND = (
     *("--train", "--cfg", "demo", "--data-path", "fake:64", "--device", "cpu", "--distill"),
-    *("--num-calib-batch", "2", "--calib-batchsz", "8", "--num-epochs", "2", "--batch-size", "4"),
-    *("--sensitivity-images", "0", "--opts"),
+    *("--num-calib-batch", "2", "--calib-batchsz", "8", "--batch-size", "4"),
+    *("--sensitivity-images", "0", "--opts", "QAT.EPOCHS", "2"),
     *("REPORT.TENSORBOARD", "false", "QAT.SAVE_STEPS", str(SAVE_STEPS), "QAT.EMA", "0.5"),
 )
 # What a job can be hit at: a function, under the name by which it is called

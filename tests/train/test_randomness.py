@@ -1,6 +1,7 @@
 """Random numbers follow from seed, step and number; states come back where they were."""
 
 import random
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from swinq.train.randomness import capture, gather, restore, restore_rank, seed_
 
 
 @pytest.fixture(autouse=True)
-def own_generators() -> None:
+def own_generators() -> Iterator[None]:
     """Other tests may count on the global generators: they find them as they were."""
     before = capture()
     yield

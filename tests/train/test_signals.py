@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -11,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from swinq.data.loader import BatchLoader
 from swinq.train.signals import SIGNALS, StopRequest
+from tests.train.ranks import start
 
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
-JOB = Path(__file__).with_name("signal_job.py")
+JOB = Path(__file__).with_name("signal_job.py").read_text()
 
 
 def send(number: int) -> None:
@@ -27,11 +28,10 @@ def send(number: int) -> None:
 @pytest.fixture(autouse=True)
 def handlers_come_back() -> Iterator[None]:
     before = [signal.getsignal(number) for number in SIGNALS]
-    threads = threading.active_count()
     yield
     assert [signal.getsignal(number) for number in SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
-    assert threading.active_count() == threads
+    assert "signals" not in {thread.name for thread in threading.enumerate()}
 
 
 @pytest.mark.parametrize(("number", "code"), CODES.items(), ids=lambda value: str(int(value)))
@@ -67,6 +67,12 @@ def test_grace_ends_with_the_step_not_with_the_saving() -> None:
         time.sleep(0.5)  # a checkpoint that takes its time
 
 
+def test_grace_grows_with_the_patience_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert StopRequest().grace_s == 20
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "150")
+    assert StopRequest().grace_s == 100
+
+
 def test_other_signals_are_none_of_its_business() -> None:
     seen = []
     before = signal.signal(signal.SIGUSR2, lambda number, frame: seen.append(number))
@@ -81,7 +87,7 @@ def test_other_signals_are_none_of_its_business() -> None:
 class Slow:
     """Images that take a while, in workers."""
 
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
         time.sleep(0.1)
         return torch.zeros(1), os.getpid()
 
@@ -104,28 +110,7 @@ def test_data_workers_outlive_a_signal_to_the_whole_group(number: int) -> None:
         assert not stop.agreed()  # a worker's signals are not its parent's
 
 
-def start(*argv: str, ranks: int) -> list["subprocess.Popen[str]"]:
-    """The job's processes, as torchrun would start them."""
-    import socket
-
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    there = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    return [
-        subprocess.Popen(
-            [sys.executable, str(JOB), *argv],
-            env={**os.environ, **there, "RANK": str(rank), "OMP_NUM_THREADS": "1"},
-            cwd=JOB.parents[2],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
-
-
-def wait_for(process: "subprocess.Popen[str]", text: str) -> None:
+def wait_for(process: subprocess.Popen[str], text: str) -> None:
     assert process.stdout is not None
     for line in process.stdout:
         if text in line:
@@ -135,7 +120,7 @@ def wait_for(process: "subprocess.Popen[str]", text: str) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1], ids=["term", "usr1"])
 def test_signal_to_one_rank_stops_both_after_the_same_step(number: int) -> None:
-    ranks = start("steps", ranks=2)
+    ranks = start(JOB, "steps", ranks=2)
     wait_for(ranks[0], "step 3")
     ranks[1].send_signal(number)
     said = [rank.communicate(timeout=60) for rank in ranks]
@@ -146,7 +131,7 @@ def test_signal_to_one_rank_stops_both_after_the_same_step(number: int) -> None:
 
 
 def test_rank_that_waits_for_a_peer_for_ever_ends_within_the_grace() -> None:
-    ranks = start("hang", ranks=2)
+    ranks = start(JOB, "hang", ranks=2)
     wait_for(ranks[0], "waiting")
     wait_for(ranks[1], "sleeping")
     ranks[0].send_signal(signal.SIGTERM)

@@ -13,6 +13,7 @@ from torch import Tensor
 from swinq.errors import CheckpointError, ExportError
 from swinq.train import state
 from swinq.train.state import CheckpointFolder
+from tests.train.ranks import start
 
 METADATA = {"epoch": 3, "curve": [[1, 0.25]], "scaler": {}}
 
@@ -30,7 +31,7 @@ def tensors(step: int) -> dict[str, Tensor]:
         "model.empty": torch.empty(0, 3),
         "optimizer.weight.step": torch.tensor(step),
         "random.0.torch": torch.arange(256, dtype=torch.uint8),
-        "half": torch.full((3,), step, dtype=torch.bfloat16),
+        "half": torch.full((3,), step % 100, dtype=torch.float16),
     }
 
 
@@ -219,3 +220,36 @@ def test_metadata_that_is_no_json_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match="JSON compliant"):
         folder.save(1, tensors(1), {"loss": float("nan")})
     assert not folder.folder.exists()
+
+
+# The folder is on rank 0's machine alone, and each rank has random numbers of its own.
+ONE_OF_TWO = """
+import random, sys, torch
+from swinq import distributed
+from swinq.train.randomness import gather, restore_rank
+from swinq.train.state import CheckpointFolder
+distributed.init("gloo")
+rank = distributed.rank()
+folder = CheckpointFolder(sys.argv[1] + f"/machine{rank}")
+assert folder.newest() is None
+random.seed(rank)
+tensors = {"weight": torch.arange(6.0).view(2, 3), "step": torch.tensor(rank), **gather()}
+drawn = random.random()
+folder.save(7, tensors, {"epoch": 3})
+saved = folder.newest()
+assert (saved.step, saved.metadata, int(saved.tensors["step"])) == (7, {"epoch": 3}, 0)
+assert torch.equal(saved.tensors["weight"], tensors["weight"])
+assert saved.tensors.keys() == tensors.keys()
+restore_rank(saved.tensors)
+assert random.random() == drawn
+print("drawn", drawn)
+distributed.shutdown()
+"""
+
+
+def test_all_ranks_resume_from_what_rank_0_reads(tmp_path: Path) -> None:
+    ranks = start(ONE_OF_TWO, str(tmp_path), ranks=2)
+    said = [rank.communicate(timeout=120) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], said
+    assert said[0][0] != said[1][0]
+    assert [path.name for path in tmp_path.iterdir()] == ["machine0"]
