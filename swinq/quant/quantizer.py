@@ -77,7 +77,7 @@ class TensorQuantizer(nn.Module):
     @property
     def calibrated(self) -> bool:
         """Whether every range is known."""
-        return not bool(self.amax.isnan().any())
+        return not bool(self._amax.isnan().any())  # learning starts from there
 
     @property
     def dead(self) -> bool:
@@ -214,5 +214,5 @@ class TensorQuantizer(nn.Module):
             log_amax = state_dict.pop(prefix + "log_amax")
             state_dict[prefix + "_amax"] = self._bounded(log_amax)
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if not bool(self._amax.isnan().any()):
+        if self.calibrated:
             self.refresh_scale()

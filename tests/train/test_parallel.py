@@ -212,9 +212,14 @@ def test_two_ranks_of_ddp_and_of_fsdp_do_what_one_process_does(
         )
         for rank in range(2)
     ]
-    for rank in ranks:
-        _, errors = rank.communicate(timeout=120)
-        assert rank.returncode == 0, errors
+    try:
+        for rank in ranks:
+            _, errors = rank.communicate(timeout=120)
+            assert rank.returncode == 0, errors
+    finally:
+        for rank in ranks:  # one that waits for another's death
+            rank.kill()
+            rank.communicate()
     for kind in ("ddp", "fsdp"):
         found = load_file(tmp_path / f"{kind}-0.safetensors")
         other = load_file(tmp_path / f"{kind}-1.safetensors")
