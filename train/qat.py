@@ -228,8 +228,7 @@ class _Loop:
 
     def _read(self, unread: _Unread) -> None:
         """Look at a step's numbers, stop at what is not finite, and show them."""
-        norm, *values = unread.values.tolist()
-        parts = dict(zip(unread.names, values, strict=True))
+        norm, parts = unread.read()
         loss, step = parts.pop("loss"), unread.step
         if norm - norm != 0.0:  # infinite or NaN, the same on all ranks
             self.skipped += 1
@@ -341,11 +340,23 @@ class _Loop:
             )
 
 
-@dataclass(frozen=True)
 class _Unread:
-    """The numbers of a step, still on the device: reading them waits for it to finish."""
+    """The numbers of a step on their way from the device, which goes on computing meanwhile."""
 
-    step: int
-    rate: float
-    values: Tensor  # (1 + names,) fp32: the gradient's norm, then the sums
-    names: list[str]
+    def __init__(self, step: int, rate: float, values: Tensor, names: list[str]) -> None:
+        """Send off values (1 + names,) fp32: the gradient's norm, then the parts of the loss."""
+        self.step, self.rate, self.names = step, rate, names
+        self._arrived: torch.cuda.Event | None = None
+        if values.is_cuda:
+            here = torch.empty(values.shape, pin_memory=True)
+            values = here.copy_(values, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+        self._values = values
+
+    def read(self) -> tuple[float, dict[str, float]]:
+        """The norm and the parts; waits for this step alone, not for what was begun after it."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        norm, *values = self._values.tolist()
+        return norm, dict(zip(self.names, values, strict=True))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any
 
-# May differ when a job is resumed: they change what is seen or kept, never what is computed.
+# May differ when a job is resumed: they change what is seen or kept, or the last bits at most.
 FREE = ("save_steps", "print_steps", "compile_blocks")
 
 
