@@ -87,7 +87,7 @@ DEFAULTS: dict[str, Any] = {
         "COMPILE": "auto",  # yes, no, or auto: on CUDA
         "PARALLEL": "ddp",  # or fsdp, which shards what does not fit a GPU
         "DETERMINISTIC": False,
-        "SAVE_STEPS": 500,
+        "SAVE_STEPS": 0,  # between training checkpoints; 0: so that they take 2 % of the time
         "KEEP": 2,  # training checkpoints; an older one serves where the newest is damaged
         "EVAL_EPOCHS": 1,
         "DISTILL": {

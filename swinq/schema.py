@@ -151,7 +151,7 @@ RULES: dict[str, Rule] = {
     "QAT.AMP_TYPE": _one_of("bf16", "fp16"),
     "QAT.COMPILE": _one_of("auto", "yes", "no"),
     "QAT.PARALLEL": _one_of("ddp", "fsdp"),
-    "QAT.SAVE_STEPS": _at_least(1),
+    "QAT.SAVE_STEPS": _at_least(0),
     "QAT.KEEP": _at_least(1),
     "QAT.EVAL_EPOCHS": _at_least(1),
     "QAT.DISTILL.SCALE": _at_least(0),

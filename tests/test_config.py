@@ -242,7 +242,7 @@ def test_pairs_set_what_training_uses() -> None:
         ("QAT.AMP_TYPE", "fp32"),
         ("QAT.COMPILE", "maybe"),
         ("QAT.PARALLEL", "zero"),
-        ("QAT.SAVE_STEPS", "0"),
+        ("QAT.SAVE_STEPS", "-1"),
         ("QAT.KEEP", "0"),
         ("QAT.DISTILL.TEMPERATURE", "0"),
         ("QAT.DISTILL.SCALE", "-1"),

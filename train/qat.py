@@ -7,6 +7,7 @@ comes back into the plain calibrated model whenever that is judged, and at the e
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -37,6 +38,8 @@ from swinq.train.state import CheckpointFolder, Saved
 
 AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CURVE_POINTS = 200  # of loss and rate, kept for the report
+FIRST_SAVE = 100  # steps, where the interval is found by itself
+SAVE_SHARE = 0.02  # of the time, that saving may then take
 SKIPPED_LIMIT = 50  # steps in a row that fp16's scaler may skip before the job is given up
 
 
@@ -146,7 +149,10 @@ class _Loop:
         done = self._resume()
         self.model.train()
         self.started = time.monotonic() - self.progress.seconds
+        interval = self.settings.save_steps or FIRST_SAVE
+        self.save_at = (done // interval + 1) * interval
         self._judge_once(done)
+        self.last_save = (done, time.monotonic())
         with StopRequest() as stop:
             batches = iter(self._loader(done))
             unread: _Unread | None = None
@@ -157,7 +163,7 @@ class _Loop:
                 unread = latest
                 now = step + 1
                 last, stops = now == self.total, stop.agreed()
-                if last or stops or self._due(now) or now % self.settings.save_steps == 0:
+                if last or stops or self._due(now) or now >= self.save_at:
                     self._read(unread)  # a state is saved once its step is known to be sound
                     unread = None
                     self._save(now, required=last or stops)
@@ -277,6 +283,7 @@ class _Loop:
 
     def _save(self, step: int, *, required: bool) -> None:
         """Write the whole state; a full disk ends the job only where the state is needed now."""
+        began = time.monotonic()
         tensors = parallel.save_tensors(self.student, self.optimizer)
         if self.average is not None:
             tensors |= {f"average.{name}": t for name, t in self.average.tensors().items()}
@@ -294,8 +301,23 @@ class _Loop:
                 raise
             console.say(f"warning: step {step} could not be saved: {error}", "warning")
             distributed.barrier()  # where the others wait in save
-            return
-        console.say(f"saved: {path}", "quiet")
+        else:
+            console.say(f"saved: {path}", "quiet")
+        self._plan_save(step, began)
+
+    def _plan_save(self, step: int, began: float) -> None:
+        """Choose the step of the next save: a fixed interval, or so that saving costs little."""
+        ended, interval = time.monotonic(), self.settings.save_steps
+        if interval:
+            self.save_at = (step // interval + 1) * interval
+        else:
+            before, since = self.last_save
+            per_step = max((began - since) / max(step - before, 1), 1e-6)
+            wanted = math.ceil((ended - began) / (SAVE_SHARE * per_step))
+            self.save_at = step + int(
+                distributed.broadcast_(torch.tensor(wanted))
+            )  # rank 0's clock
+        self.last_save = (step, ended)
 
     def _resume(self) -> int:
         """Take up the newest checkpoint; return the number of steps that are done."""

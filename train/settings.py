@@ -27,8 +27,8 @@ class Settings:
         drop_path: rate of the last block. checkpointing: recompute blocks in the backward.
         compile_blocks: torch.compile each block. parallel: "ddp" or "fsdp", with several ranks.
         deterministic: only kernels that give the same bits again, on a GPU too.
-        eval_epochs: epochs between judgements. save_steps, print_steps: steps between checkpoints,
-            and between lines.
+        eval_epochs: epochs between judgements. save_steps: steps between checkpoints; 0 finds the
+            interval at which they cost little. print_steps: steps between lines.
         distill: weight of the teacher's loss, 0 for none. labels: weight of the labels' loss.
         temperature: of both softmaxes. features: weight of the loss on the stages' outputs.
     """

@@ -402,6 +402,7 @@ def test_cuda_kernels_hand_their_arguments_to_the_library(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not available(), reason="libswinq is not built")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method.:DeprecationWarning")  # inductor's own
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_engine_compiles_and_exports_on_a_gpu(backend: str) -> None:
     arch = made_architecture()

@@ -223,3 +223,29 @@ def test_distillation_pulls_towards_the_teacher(tmp_path: Path, single_thread: N
     )
     run_job(tmp_path, model, distillation=distillation, distill=1.0, labels=0.0, epochs=4)
     assert distance() < 0.7 * before
+
+
+def test_saves_take_a_fiftieth_of_the_time_where_no_interval_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock that gives every step a second and every save 0.09 s: each 5 steps."""
+    from swinq.train import qat
+
+    now, saved = [0.0], []
+    monkeypatch.setattr(qat.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(qat, "FIRST_SAVE", 2)
+    step, save = qat._Loop._step, qat.CheckpointFolder.save
+
+    def slow_step(*args):  # type: ignore[no-untyped-def]
+        now[0] += 1.0
+        return step(*args)
+
+    def slow_save(self, number, *args):  # type: ignore[no-untyped-def]
+        now[0] += 0.09
+        saved.append(number)
+        return save(self, number, *args)
+
+    monkeypatch.setattr(qat._Loop, "_step", slow_step)
+    monkeypatch.setattr(qat.CheckpointFolder, "save", slow_save)
+    run_job(tmp_path, tiny_calibrated(), epochs=4, eval_epochs=4, save_steps=0)
+    assert saved == [2, 7, 12, 16]
