@@ -305,9 +305,12 @@ def _check_training(config: Config) -> None:
         )
     if not distill.ENABLED:
         stated = [key for key in origins if configuration.under(key, "QAT.DISTILL")]
-        typed = [origins[key] for key in stated if origins[key].startswith("--")]
+        typed = [key for key in stated if origins[key].startswith("--")]
         if typed:
-            raise ConfigError(f"{typed[0]} is given, but nothing is distilled", "add --distill")
+            raise ConfigError(
+                f"{typed[0]} is given ({origins[typed[0]]}), but nothing is distilled",
+                "add --distill",
+            )
     elif not distill.LABEL_SCALE + distill.SCALE + distill.FEATURES:
         raise ConfigError(
             "QAT.DISTILL.SCALE, LABEL_SCALE and FEATURES are all 0: there is nothing to learn from",

@@ -7,7 +7,6 @@ records its origin.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 import os
@@ -21,7 +20,8 @@ from yacs.config import CfgNode
 
 from swinq import config_files, schema
 from swinq.defaults import DEFAULTS, RECIPE_SECTIONS
-from swinq.errors import ConfigError
+from swinq.errors import ConfigError, ExportError
+from swinq.files import write_atomically
 
 
 class Config(CfgNode):
@@ -176,21 +176,15 @@ def dump(config: Config) -> str:
 
 def save(config: Config, path: str | os.PathLike[str]) -> None:
     """Writes `dump` under its final name in one step, so that no reader ever sees half of it."""
-    target = Path(path)
-    scratch = target.with_name(f".{target.name}.{os.getpid()}")
+    text = dump(config).encode("utf-8", "backslashreplace")
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(scratch, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(dump(config))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, target)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            scratch.unlink()
-        raise ConfigError(
-            f"cannot write {target}: {error.strerror}", "choose another folder with --output"
-        ) from error
+        write_atomically(path, lambda written: _write(written, text), size=len(text))
+    except ExportError as error:
+        raise ConfigError(error.problem, "choose another folder with --output") from error
+
+
+def _write(path: Path, text: bytes) -> None:
+    path.write_bytes(text)
 
 
 def _merge_file(config: Config, path: Path, root: Path, above: tuple[Path, ...]) -> None:

@@ -174,8 +174,8 @@ RULES: dict[str, Rule] = {
     "AUG.MIXUP": _at_least(0),
     "AUG.CUTMIX": _at_least(0),
     "AUG.CUTMIX_MINMAX": (
-        "empty, or two shares of a side",
-        lambda v: v is None or (len(v) == 2 and 0 <= v[0] <= v[1] <= 1),
+        "empty, or two different shares of a side, the smaller first",
+        lambda v: v is None or (len(v) == 2 and 0 <= v[0] < v[1] <= 1),
     ),
     "AUG.MIXUP_PROB": _between(0, 1),
     "AUG.MIXUP_SWITCH_PROB": _between(0, 1),

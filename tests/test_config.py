@@ -250,6 +250,7 @@ def test_pairs_set_what_training_uses() -> None:
         ("TRAIN.OPTIMIZER.BETAS", "[0.9]"),
         ("TRAIN.OPTIMIZER.BETAS", "[0.9, 1.0]"),
         ("AUG.CUTMIX_MINMAX", "[0.8, 0.2]"),
+        ("AUG.CUTMIX_MINMAX", "[0.5, 0.5]"),
         ("AUG.REMODE", "grey"),
         ("AUG.MIXUP_PROB", "2"),
         ("MODEL.DROP_PATH_RATE", "1"),

@@ -236,7 +236,7 @@ class _Loop:
         """Look at a step's numbers, stop at what is not finite, and show them."""
         norm, parts = unread.read()
         loss, step = parts.pop("loss"), unread.step
-        if norm - norm != 0.0:  # infinite or NaN, the same on all ranks
+        if not math.isfinite(norm):  # the same on all ranks
             self.skipped += 1
             if self.settings.amp != "fp16" or self.skipped > SKIPPED_LIMIT:
                 raise SwinqError(
@@ -246,7 +246,8 @@ class _Loop:
                 )
         else:
             self.skipped = 0
-        if step % max(1, self.total // CURVE_POINTS) == 0 or step + 1 == self.total:
+        shown = step % max(1, self.total // CURVE_POINTS) == 0 or step + 1 == self.total
+        if shown and math.isfinite(loss):  # fp16 may skip a step whose loss overflowed
             self.progress.curve.append((step + 1, loss, unread.rate))
         self.around.monitor.step(step, loss, unread.rate, norm, parts)
 

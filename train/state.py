@@ -23,7 +23,8 @@ from torch import Tensor
 from swinq import __version__, console, distributed
 from swinq.errors import CheckpointError, ExportError
 from swinq.export.format import decode, encode
-from swinq.export.integrity import digests, write_atomically
+from swinq.export.integrity import digests
+from swinq.files import write_atomically
 
 FORMAT, FORMAT_VERSION = "swinq-training", "1"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -45,7 +46,7 @@ class CheckpointFolder:
     """The checkpoints of one training job.
 
     Args:
-        folder: holds nothing else; made when the first one is saved.
+        folder: made when the first one is saved; other files in it stay.
         keep: the number of checkpoints that stay; while one is written there is one more.
     """
 

@@ -10,7 +10,7 @@ from swinq import console, distributed
 from swinq.commands.forms import forms
 from swinq.commands.session import Session, load_model, weights_of
 from swinq.config import Config
-from swinq.export.integrity import write_atomically
+from swinq.files import write_atomically
 
 
 def run(config: Config) -> int:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from swinq.calib.calibrate import Calibration, measure_residual
 from swinq.commands.calib import Outcome, calibration_sample, find_ranges, write_checkpoints
 from swinq.commands.judging import Judging
 from swinq.commands.session import RankImages, Session, load_model, weights_of
-from swinq.config import Config
+from swinq.config import Config, leaves, under
 from swinq.data.augment import Augmented, train_transform
 from swinq.data.dataset import ImageDataset
 from swinq.data.mixing import Mixing
+from swinq.data.order import StepOrder
 from swinq.data.sampling import sample_digest
 from swinq.errors import ConfigError, DataError
 from swinq.export.calibrated import write_calibrated
@@ -36,6 +38,10 @@ from swinq.train.settings import Settings
 from swinq.train.state import CheckpointFolder
 
 REFERENCE_BATCH = 512  # QAT.LR is stated for this many images a step, as Swin's rates are
+# What a resumed job must share with the one that wrote its checkpoint, beside its settings
+DECISIVE = ("AUG", "MODEL.LABEL_SMOOTHING", "DATA.INTERPOLATION", "EVAL", "TEST.CROP", "INT8.MODE")
+METHOD = ("QUANT", "CALIB.METHOD", "CALIB.PERCENTILE")  # a calibrated checkpoint has its own
+SAMPLE = ("CALIB.NUM_BATCHES", "CALIB.BATCH_SIZE", "CALIB.SEED")
 
 
 def run(config: Config) -> int:
@@ -43,6 +49,7 @@ def run(config: Config) -> int:
     if config.QAT.DETERMINISTIC:
         _require_determinism()
     session = Session.open(config, "train")
+    _spare_what_is_read(session)
     given = load_model(session)
     if isinstance(given, IntegerModel):
         raise ConfigError(
@@ -50,17 +57,27 @@ def run(config: Config) -> int:
             "train from the float or calibrated checkpoint it was made from",
         )
     images, val = session.dataset("train", given), session.dataset("val", given)
-    if not images.labelled:
-        raise DataError(
-            f"the training images have no labels ({images.description})",
-            "training needs train/<class>/<image>; loose images serve for calibration only",
-        )
-    float_model, quantized, sample, seconds = _calibrated(session, given, images)
+    for split in (images, val):
+        if not split.labelled:
+            raise DataError(
+                f"{split.description} has no labels",
+                "training needs {train,val}/<class>/<image>; loose images serve for calibration",
+            )
+    calibrated = hasattr(given, "quant_spec")
+    if calibrated:
+        _require_own_ranges(config)
+    float_model = load_model(session, ranges=False) if calibrated else given
+    settings = settings_of(config, session.device)
+    around = _surroundings(session, settings, given, float_model, val)  # refuses before the minutes
+    quantized, sample, seconds = given, calibration_sample(session, images), 0.0
+    if not calibrated:
+        spec = QuantSpec.from_config(config.QUANT)
+        quantized, sample, seconds = find_ranges(session, spec, given, images)
     set_int8_mode(quantized, config.INT8.MODE)
     before = {name: tensor.clone().cpu() for name, tensor in quantized.state_dict().items()}
-    settings = settings_of(config, session.device)
     try:
-        progress = _train(session, settings, float_model, quantized, val)
+        with around.monitor:
+            progress = train(quantized, around, settings)
     except StoppedError as stopped:
         console.say(str(stopped), "warning")
         return stopped.code
@@ -117,69 +134,72 @@ def _require_determinism() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def _calibrated(
-    session: Session, given: nn.Module, images: ImageDataset
-) -> tuple[nn.Module, SwinBase, list[int], float]:
-    """The float model, the quantized one, and the sample and seconds of the calibration."""
-    config = session.config
-    if hasattr(given, "quant_spec"):
-        stated = config.origins.get("QUANT.NAME", "")
-        if stated:
+def _spare_what_is_read(session: Session) -> None:
+    """Refuse to write over the checkpoint that the job starts from, or its teacher."""
+    start, teacher = weights_of(session.config), session.config.QAT.DISTILL.TEACHER
+    for flag, path in (("--resume", start), ("--teacher", teacher)):
+        if path and Path(path).resolve() == session.trained_path().resolve():
             raise ConfigError(
-                f"{stated} is given, but {weights_of(config)} was calibrated with its own",
-                "leave --recipe out, or train from the float checkpoint",
+                f"{flag} {path} is the file that this job would write: it could not be resumed",
+                "choose another with --tag NAME, --output or --calib-output-path, or copy it first",
             )
-        float_model = load_model(session, ranges=False)
-        sample = calibration_sample(session, images)
-        return float_model, given, sample, 0.0  # type: ignore[return-value]
-    spec = QuantSpec.from_config(config.QUANT)
-    quantized, sample, seconds = find_ranges(session, spec, given, images)
-    return given, quantized, sample, seconds  # type: ignore[return-value]
 
 
-def _train(
+def _require_own_ranges(config: Config) -> None:
+    """Refuse to be told how ranges are to be found where the checkpoint has them."""
+    for key, origin in config.origins.items():
+        typed = origin.startswith(("--", "recipe "))
+        if typed and any(under(key, section) for section in METHOD):
+            raise ConfigError(
+                f"{origin} states {key}, but {weights_of(config)} was calibrated with its own",
+                "leave it out, or train from the float checkpoint",
+            )
+
+
+def _surroundings(
     session: Session,
     settings: Settings,
+    given: SwinBase,
     float_model: nn.Module,
-    quantized: SwinBase,
     val: ImageDataset,
-) -> Progress:
-    """Run the loop; ``quantized`` holds the trained state afterwards."""
+) -> Surroundings:
+    """Everything around the loop.
+
+    Raises:
+        ConfigError: too few images for a step, an odd batch to be mixed, an augmentation that timm
+            refuses, or a teacher that does not fit.
+    """
     config = session.config
-    augmented = Augmented(_training_images(session, quantized), config.SEED)
-    mixing = _mixing(config, quantized.arch.num_classes)
+    augmented = Augmented(_training_images(session, given), config.SEED)
+    mixing = _mixing(config, given.arch.num_classes)
     mixing.check_batch(settings.batch)
-    images = settings.batch * settings.accumulation * distributed.world_size()
-    steps = max(len(augmented) // images, 1)  # too few images are refused by the loop
-    monitor = Monitor(
-        session.folder / "tensorboard" / "training" if config.REPORT.TENSORBOARD else None,
-        total_steps=settings.epochs * steps,
-        steps_per_epoch=steps,
-        images_per_step=images,
-        print_every=settings.print_steps,
-        world=distributed.world_size(),
-        eval_epochs=settings.eval_epochs,
-    )
+    micro_batches = settings.accumulation * distributed.world_size()
+    steps = StepOrder(len(augmented), settings.batch, micro_batches, config.SEED).steps_per_epoch
+    distillation = _distillation(session, settings, float_model)
 
     def judge(model: nn.Module) -> float:
-        if not val.labelled:
-            return 0.0
         return session.predictions(model, val, "validating").scores().top1_percent
 
-    around = Surroundings(
+    return Surroundings(
         images=augmented,
         mixing=mixing,
-        distillation=_distillation(session, settings, float_model),
+        distillation=distillation,
         workers=session.workers,
         device=session.device,
         folder=CheckpointFolder(session.folder / "training", keep=config.QAT.KEEP),
-        monitor=monitor,
-        identity=_identity(session, quantized),
+        monitor=Monitor(
+            session.folder / "tensorboard" / "training" if config.REPORT.TENSORBOARD else None,
+            total_steps=settings.epochs * steps,
+            steps_per_epoch=steps,
+            images_per_step=settings.batch * micro_batches,
+            print_every=settings.print_steps,
+            world=distributed.world_size(),
+            eval_epochs=settings.eval_epochs,
+        ),
+        identity=_identity(config, given, distillation),
         judge=judge,
         keep=lambda model: _keep(session, model),
     )
-    with monitor:
-        return train(quantized, around, settings)
 
 
 def _training_images(session: Session, model: SwinBase) -> ImageDataset:
@@ -249,12 +269,35 @@ def _distillation(
     )
 
 
-def _identity(session: Session, quantized: SwinBase) -> dict[str, Any]:
-    """What tells this job from others that might share its folder: the model it starts from."""
+def _identity(
+    config: Config, given: nn.Module, distillation: Distillation | None
+) -> dict[str, Any]:
+    """What tells this job from others that might share its folder, plain JSON.
+
+    Of a float checkpoint it is what finds the ranges, not the ranges: another GPU may find them
+    a bit differently, and a resumed job has those that it began with.
+    """
+    found = () if hasattr(given, "quant_spec") else (*METHOD, *SAMPLE)
+    stated = {
+        key: value
+        for key, value in leaves(config)
+        if any(under(key, section) for section in (*DECISIVE, *found))
+    }
+    teacher = {} if distillation is None else {"teacher": _digest(distillation.teacher)}
+    return {"start": _digest(given), **teacher, **stated}
+
+
+def _digest(model: nn.Module) -> str:
+    """Changes with any tensor of a model."""
     start = hashlib.sha256()
-    for name, tensor in sorted(quantized.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         start.update(f"{name} {digest(tensor)}\n".encode())
-    return {"start": start.hexdigest()[:16], "int8_mode": session.config.INT8.MODE}
+    return start.hexdigest()[:16]
+
+
+def _best_path(session: Session) -> Path:
+    """Where the best so far is kept, in the job's own folder; other jobs may share the results'."""
+    return session.folder / "training" / "best.safetensors"
 
 
 def _keep(session: Session, model: nn.Module) -> None:
@@ -263,7 +306,7 @@ def _keep(session: Session, model: nn.Module) -> None:
         return
     found: Calibration = model.calibration  # type: ignore[assignment]
     write_calibrated(
-        session.trained_path(),
+        _best_path(session),
         model,
         calibration=api.describe_calibration(found),
         classes=getattr(model, "classes", None),
@@ -284,10 +327,9 @@ def _finish(
     images, val = session.dataset("train", quantized), session.dataset("val", quantized)
     mode = session.config.INT8.MODE
     found: Calibration = quantized.calibration  # type: ignore[assignment]
-    if val.labelled:
-        distributed.barrier()  # rank 0 has written the best by now
-        best = api.load(session.trained_path(), device=session.device)
-        quantized.load_state_dict(best.state_dict())
+    distributed.barrier()  # rank 0 has written the best by now
+    best = api.load(_best_path(session), device=session.device)
+    quantized.load_state_dict(best.state_dict())
     found.residual_max = measure_residual(quantized, RankImages(session, images, sample))
     if not found.sample_sha256:
         found.sample_sha256 = sample_digest(images, sample)

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from swinq import __version__
 from swinq.errors import CheckpointError
 from swinq.export.format import decode, encode
-from swinq.export.integrity import digests, write_atomically
+from swinq.export.integrity import digests
 from swinq.export.reader import require_digests
 from swinq.export.writer import reproducible
+from swinq.files import write_atomically
 from swinq.models.checkpoint import LoadedCheckpoint
 from swinq.quant.insert import named_quantizers, quantize_model, quantized_layers, used_quantizers
 from swinq.quant.linear import QuantLinear

@@ -15,8 +15,9 @@ from swinq import __version__
 from swinq.errors import CheckpointError, ExportError
 from swinq.export.collect import collect
 from swinq.export.format import FORMAT, FORMAT_VERSION, decode, encode
-from swinq.export.integrity import digests, write_atomically
+from swinq.export.integrity import digests
 from swinq.export.reader import read_checkpoint
+from swinq.files import write_atomically
 from swinq.models.architecture import Architecture
 
 

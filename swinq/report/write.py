@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from swinq.errors import DataError
+from swinq.files import create_partial, remove_leftovers
 from swinq.report.csv import to_csv
 from swinq.report.html import to_html
 from swinq.report.markdown import to_markdown
@@ -54,7 +55,8 @@ def _write_all(folder: Path, texts: Mapping[Path, str]) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for path, text in texts.items():
-            beside[path] = folder / f".{path.name}.{os.getpid()}.partial"
+            remove_leftovers(path)
+            beside[path] = create_partial(path)
             with open(beside[path], "w", encoding="utf-8", newline="") as file:
                 file.write(text)
                 file.flush()

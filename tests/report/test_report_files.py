@@ -233,6 +233,19 @@ def test_a_failing_write_leaves_the_old_report_and_no_rubbish(
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+def test_what_a_killed_run_left_half_written_is_cleared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as killed:
+        killed.setattr(write.Path, "unlink", lambda *args, **kwargs: None)
+        killed.setattr(write.os, "replace", lambda *args: None)
+        write_report(made_up_report((1,)), tmp_path)  # as far as a kill lets it come
+    assert list(tmp_path.glob(".*.partial"))
+    monkeypatch.setattr("swinq.files._is_running", lambda pid: False)
+    write_report(made_up_report((1,)), tmp_path)
+    assert not list(tmp_path.glob(".*.partial"))
+
+
 def test_advice_of_an_earlier_run_does_not_stay(tmp_path: Path) -> None:
     report = made_up_report((1,))
     assert write_report(report, tmp_path)["recipe"].exists()

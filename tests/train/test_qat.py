@@ -153,6 +153,24 @@ def test_a_gradient_that_is_not_finite_ends_the_job_and_spares_the_checkpoint(
     assert not (tmp_path / "training").exists()  # nothing unsound was written
 
 
+def test_a_step_that_fp16_skips_does_not_spoil_what_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the loss nor the norm of such a step need be numbers, and JSON has only those."""
+    from swinq.train import qat
+
+    real, calls = qat._Unread.read, []
+
+    def read(self):  # type: ignore[no-untyped-def]
+        norm, parts = real(self)
+        calls.append(norm)
+        return (norm, parts) if len(calls) > 1 else (float("nan"), {"loss": float("nan")})
+
+    monkeypatch.setattr(qat._Unread, "read", read)
+    progress = run_job(tmp_path, tiny_calibrated(), amp="fp16", save_steps=1)
+    assert [step for step, _, _ in progress.curve] == [2, 3, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_half_trained_job_goes_on_with_the_same_bits(
     tmp_path: Path, single_thread: None, version: int, monkeypatch: pytest.MonkeyPatch

@@ -1,0 +1,130 @@
+"""--train as it is typed: what it writes, what it refuses before it calibrates, what it resumes."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from swinq.commands import train
+from swinq.demo.checkpoint import CHECKPOINT
+from tests.commands.command_line import done, metadata_of, refused, tensors_of
+
+TINY = (
+    *("--train", "--cfg", "demo", "--data-path", "fake:16", "--num-epochs", "1"),
+    *("--num-calib-batch", "1", "--calib-batchsz", "8", "--sensitivity-images", "0"),
+)
+FINETUNE = (*TINY, "--batch-size", "8", "--opts", "REPORT.TENSORBOARD", "false")
+TRAINED = "micro_swin_digits_qat.safetensors"
+EXPORTED = "micro_swin_digits_qat_int8_mode{}.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished job's results."""
+    output = tmp_path_factory.mktemp("trained")
+    done(*FINETUNE, "--output", output)
+    return output / "micro_swin_digits" / "qat"
+
+
+@pytest.mark.parametrize("mode", [1, 2])
+def test_trains_exports_and_judges_one_mode(tmp_path: Path, mode: int) -> None:
+    ran = done(*FINETUNE, "--output", tmp_path, "--int8-mode", mode)
+    for row in ("float", f"fake-quant mode {mode}", f"QAT fake-quant mode {mode}"):
+        assert ran.row(row)
+    assert ran.row(f"INT8 mode {mode}")
+    folder = tmp_path / "micro_swin_digits" / "qat"
+    assert metadata_of(folder / EXPORTED.format(mode))["int8_mode"] == str(mode)
+    assert not (folder / EXPORTED.format(3 - mode)).exists()
+
+
+def test_the_same_command_again_trains_nothing_and_writes_the_same(trained: Path) -> None:
+    files = [trained / TRAINED, trained / EXPORTED.format(1)]
+    before = [file.read_bytes() for file in files]
+    ran = done(*FINETUNE, "--output", trained.parents[1])
+    assert "resumed: step 2 of 2" in ran.out and "step 1/2" not in ran.out
+    assert [file.read_bytes() for file in files] == before
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (("--batch-size", "7"), "a batch of 7 images cannot be mixed"),
+        (("--batch-size", "32"), "32 in all; the data set holds 16"),
+        (("--opts", "AUG.AUTO_AUGMENT", "best"), "AUTO_AUGMENT 'best'"),
+        (("--teacher", "no.pth", "--batch-size", "8"), "no.pth cannot be read"),
+        (("--opts", "QAT.DISTILL.SCALE", "2"), "QAT.DISTILL.SCALE is given (--opts)"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_it_is_calibrated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: tuple[str, ...], problem: str
+) -> None:
+    monkeypatch.setattr(train, "find_ranges", None)
+    assert problem in refused(*TINY, "--output", tmp_path, *changes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [("AUG.MIXUP", "0.1"), ("MODEL.LABEL_SMOOTHING", "0.2"), ("CALIB.PERCENTILE", "99.0")],
+)
+def test_what_changes_the_job_is_not_resumed(trained: Path, change: tuple[str, str]) -> None:
+    message = refused(*FINETUNE, *change, "--output", trained.parents[1])
+    assert f"is of another job: {change[0]} " in message and f"{change[1]} here" in message
+
+
+def test_ranges_that_are_found_a_bit_differently_do_not_end_a_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another GPU: the job goes on with the ranges that it began with."""
+    job = (*FINETUNE, "QAT.SAVE_STEPS", "1", "--output", tmp_path)
+    done(*job)
+    last = tmp_path / "micro_swin_digits" / "qat" / "training" / "step-00000002.safetensors"
+    wanted = tensors_of(last)
+    last.unlink()
+    real = train.find_ranges
+
+    def elsewhere(*args: Any) -> Any:
+        found = real(*args)
+        quantizer = found[0].layers[0].blocks[0].attn.proj.input_quantizer
+        quantizer.load_calib_amax(quantizer.amax * 1.001)
+        return found
+
+    monkeypatch.setattr(train, "find_ranges", elsewhere)
+    assert "resumed: step 1 of 2" in done(*job).out
+    found = tensors_of(last)
+    assert [n for n in wanted if found[n].numpy().tobytes() != wanted[n].numpy().tobytes()] == []
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        ("--recipe", "fastertransformer"),
+        ("--calibrator", "mse"),
+        ("--opts", "QUANT.WEIGHT.GRANULARITY", "per_tensor"),
+    ],
+)
+def test_a_calibrated_checkpoint_is_not_told_how_to_find_ranges(
+    trained: Path, tmp_path: Path, stated: tuple[str, ...]
+) -> None:
+    start = ("--resume", trained / TRAINED, "--batch-size", "8", "--output", tmp_path)
+    assert "was calibrated with its own" in refused(*TINY, *start, *stated)
+
+
+def test_what_a_job_reads_is_not_what_it_writes(trained: Path, tmp_path: Path) -> None:
+    start = ("--resume", trained / TRAINED, "--calib-output-path", trained, "--output", tmp_path)
+    message = refused(*FINETUNE, *start)
+    assert f"--resume {trained / TRAINED} is the file that this job would write" in message
+    teacher = ("--teacher", trained / TRAINED, "--calib-output-path", trained)
+    assert "--teacher " in refused(*FINETUNE, *teacher, "--output", tmp_path)
+
+
+def test_jobs_that_share_a_folder_of_checkpoints_keep_their_own_best(tmp_path: Path) -> None:
+    """A finished job that is repeated exports its model again, whatever lies there by now."""
+    shared = tmp_path / "shared"
+    first = (*FINETUNE, "--output", tmp_path, "--calib-output-path", shared, "--tag", "first")
+    done(*first)
+    exported = shared / EXPORTED.format(1)
+    before = exported.read_bytes()
+    (shared / TRAINED).write_bytes(CHECKPOINT.read_bytes())
+    exported.unlink()
+    done(*first)
+    assert exported.read_bytes() == before
