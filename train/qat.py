@@ -135,6 +135,7 @@ class _Loop:
         self.model = parallel.wrap(student, settings.parallel, around.device)
         # FSDP2 has put sharded parameters in the place of those that were there
         ranges = [p for n, p in student.named_parameters() if n in range_names]
+        self.ranges = ranges
         self.optimizer = build_optimizer(student, ranges, settings)
         self.schedule = Schedule(self.optimizer, self.total, settings)
         self.average = Average(student, settings.ema) if settings.ema else None
@@ -202,6 +203,7 @@ class _Loop:
                 sums[name] = sums[name] + share if name in sums else share
         self.scaler.unscale_(self.optimizer)
         norm = parallel.clip_gradients(weights_of(self.optimizer), self.settings.clip)
+        norm = norm + 0.0 * parallel.clip_gradients(self.ranges, 0.0)  # not finite if theirs is not
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)

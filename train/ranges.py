@@ -39,7 +39,8 @@ def learn_ranges(model: nn.Module, kinds: Collection[str]) -> list[nn.Parameter]
         The new parameters, logarithms of the ranges, in the order of the forward.
 
     Raises:
-        ConfigError: an unknown kind, or kinds of which this model has no quantizer.
+        ConfigError: an unknown kind, kinds of which this model has no quantizer, or input ranges
+            that are folded into weights whose own ranges stay.
         CalibrationError: a range that is not known yet.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
@@ -56,6 +57,13 @@ def learn_ranges(model: nn.Module, kinds: Collection[str]) -> list[nn.Parameter]
             f"the model has no quantizer of the kinds that should learn: {', '.join(kinds)}",
             "name other kinds in QAT.LEARN_RANGES (probabilities have a range only where they are "
             "static), or [] to leave every range as it is",
+        )
+    vectors = [q for q in chosen if q.name.endswith("input_quantizer") and not q.per_tensor]
+    if vectors and "weight" not in kinds:
+        raise ConfigError(
+            f"{len(vectors)} layers fold a scale per input channel into their weight, such as "
+            f"{vectors[0].name}: as it grows, the weight would leave its fixed range",
+            "let weight ranges learn with the input ranges: --opts QAT.LEARN_RANGES [input,weight]",
         )
     return [quantizer.learn_range() for quantizer in chosen]
 

@@ -335,9 +335,11 @@ def _next_command(session: Session, outcome: Outcome, paths: dict[str, Path]) ->
         action = "--train" if outcome.training else "--calib"
         flags = [action, "--resume", weights, "--data-path", "/data/imagenet"]
         return shlex.join([*launcher(), *flags])
-    if "recipe" in paths:
-        return _command_with({"--recipe": str(paths["recipe"]), "--tag": "excluded"})
     exported = outcome.files.get(f"INT8 mode {session.modes[0]}")
+    if outcome.training is not None:  # another recipe would mean to train anew
+        exported = exported or outcome.files["calibrated"]
+    elif "recipe" in paths:
+        return _command_with({"--recipe": str(paths["recipe"]), "--tag": "excluded"})
     if exported is None:  # the recipe exists as fake quantization only
         return _command_with({"--recipe": "int8", "--tag": "int8"})
     data = session.config.DATA.DATA_PATH if outcome.val.labelled else "LABELLED_IMAGES"

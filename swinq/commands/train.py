@@ -66,6 +66,9 @@ def run(config: Config) -> int:
     calibrated = hasattr(given, "quant_spec")
     if calibrated:
         _require_own_ranges(config)
+        if "QAT.LEARN_RANGES" not in config.origins:
+            kinds = ", ".join(config.QAT.LEARN_RANGES) or "none"
+            console.say(f"note: a calibrated file does not say which ranges learn; now: {kinds}")
     float_model = load_model(session, ranges=False) if calibrated else given
     settings = settings_of(config, session.device)
     around = _surroundings(session, settings, given, float_model, val)  # refuses before the minutes
@@ -376,6 +379,7 @@ def _summary(
         range_rate=settings.range_rate,
         learned_ranges=list(settings.learned),
         teacher=(distill.TEACHER or "the float model") if distill.ENABLED else "",
+        label_scale=settings.labels,
         best_step=progress.best_step,
         curve=[TrainingPoint(*point) for point in progress.curve],
         validations=[ValidationPoint(*point) for point in progress.judged],

@@ -133,3 +133,22 @@ class _QuantizeInLearnedRange(torch.autograd.Function):
         grad_x = torch.where(above | below, 0.0, grads[0] * inverse)
         grad_range = (grads[0] * error).sum_to_size(ctx.range_shape)
         return grad_x.to(ctx.dtype), None, grad_range, None, None
+
+
+def at_most(x: Tensor, limit: float) -> Tensor:
+    """Clamp x to a limit; beyond it only gradients that lead back pass, so nothing gets stuck."""
+    return _AtMost.apply(x, limit)
+
+
+class _AtMost(torch.autograd.Function):
+    """A clamp from above whose far side can be left by gradient descent."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, limit: float) -> Tensor:
+        ctx.save_for_backward(x < limit)
+        return x.clamp(max=limit)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (inside,) = ctx.saved_tensors
+        return torch.where(inside | (grads[0] > 0), grads[0], 0.0), None

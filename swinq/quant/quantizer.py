@@ -11,7 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from swinq.errors import CalibrationError
-from swinq.quant.affine import ACTIVATION_RANGE, SMALLEST_AMAX, quantize, scale_and_inverse
+from swinq.quant.affine import (
+    ACTIVATION_RANGE,
+    SMALLEST_AMAX,
+    at_most,
+    quantize,
+    scale_and_inverse,
+)
 
 
 @dataclass(frozen=True)
@@ -185,8 +191,8 @@ class TensorQuantizer(nn.Module):
         log_amax = None
         if self.log_amax is not None:
             log_amax = self.broadcast(self.log_amax.view(self._amax.shape), x.ndim)
-            if self.descriptor.limit is not None:  # no gradient leads further beyond it
-                log_amax = log_amax.clamp(max=math.log(self.descriptor.limit))
+            if self.descriptor.limit is not None:
+                log_amax = at_most(log_amax, math.log(self.descriptor.limit))
         codes = quantize(x, self.broadcast(inverse, x.ndim), low, high, log_amax)
         return codes, self.broadcast(scale, x.ndim)
 

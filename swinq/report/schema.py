@@ -241,6 +241,7 @@ class TrainingSummary:
     range_rate: float  # of the logarithms of learned ranges, at its peak
     learned_ranges: list[str] = field(default_factory=list)  # kinds; empty: all stayed
     teacher: str = ""  # "the float model" or a checkpoint; empty: learned from labels alone
+    label_scale: float = 1.0  # weight of the loss against the labels; 0: the teacher alone
     best_step: int = 0  # validated best and exported; without validations the last is exported
     curve: list[TrainingPoint] = field(default_factory=list)
     validations: list[ValidationPoint] = field(default_factory=list)

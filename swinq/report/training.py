@@ -27,12 +27,18 @@ def training_facts(summary: TrainingSummary) -> list[tuple[str, str]]:
         ("Arithmetic", f"{summary.precision} matrix products, fp32 fake quantization"),
         ("Learning rate", f"{summary.rate:.3g} at its peak"),
         ("Ranges", ranges),
-        ("Learned from", f"labels and {summary.teacher}" if summary.teacher else "labels"),
+        ("Learned from", " and ".join(_sources(summary))),
     ]
     exported = f"the model after step {summary.best_step or summary.steps:,}"
     if summary.validations and not summary.best_step:
         exported = "the calibrated model, as it was before training: no step was better"
     return [*facts, ("Exported", exported)]
+
+
+def _sources(summary: TrainingSummary) -> list[str]:
+    """What the loss was against."""
+    labels = ["labels"] if summary.label_scale else []
+    return [*labels, summary.teacher] if summary.teacher else labels
 
 
 def before_and_after(report: Report) -> tuple[ModelRow, ModelRow] | None:

@@ -138,7 +138,7 @@ def test_a_limit_holds_whatever_the_parameter_says() -> None:
     with torch.no_grad():
         quantizer.log_amax += 1.0
     assert float(quantizer.amax) == 1.0
-    quantizer(torch.tensor([0.3, 5.0])).sum().backward()
+    (-quantizer(torch.tensor([0.3, 5.0])).sum()).backward()  # a larger range would lower this
     assert quantizer.log_amax.grad.tolist() == [0.0]
 
 
@@ -293,3 +293,18 @@ def test_attentions_softmax_gradient_is_that_of_its_rounded_probabilities() -> N
     wanted = share * (by_p - (by_p * share).sum(-1, keepdim=True))
     close(s.grad, wanted)
     assert float(s.grad.sum(-1).abs().max()) < 1e-5
+
+
+def test_a_range_beyond_its_limit_comes_back_and_goes_no_further() -> None:
+    """Descent on a loss that wants it smaller moves it; on one that wants it larger, not."""
+    for wants, moves in ((1.0, True), (-1.0, False)):
+        quantizer = TensorQuantizer(QuantDescriptor(axis=-1, limit=1.0), 2)
+        quantizer.load_calib_amax(torch.tensor([1.0, 0.5]))
+        log_amax = quantizer.learn_range()
+        with torch.no_grad():
+            log_amax += torch.tensor([0.01, 0.0])  # a step too far
+        codes, scale = quantizer.codes(torch.tensor([[5.0, 5.0]]))  # clipped: the code is 127
+        (wants * (codes * scale)).sum().backward()
+        assert log_amax.grad is not None
+        assert bool(log_amax.grad[0] != 0) is moves
+        assert log_amax.grad[1] != 0

@@ -88,7 +88,7 @@ def test_learned_ranges_stay_in_the_last_steps(tmp_path: Path) -> None:
     """With the ranges fixed from the start, only the weights move."""
     model = tiny_calibrated()
     before = {n: q.amax.clone() for n, q in named_quantizers(model).items()}
-    run_job(tmp_path, model, learned=("output", "input"), fix_ranges=0.0)
+    run_job(tmp_path, model, learned=("output", "input", "weight"), fix_ranges=0.0)
     for name, quantizer in named_quantizers(model).items():
         torch.testing.assert_close(quantizer.amax, before[name], rtol=1e-6, atol=0, equal_nan=True)
 

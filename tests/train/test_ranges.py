@@ -6,11 +6,12 @@ from torch import nn
 
 from swinq.errors import CalibrationError, ConfigError
 from swinq.models.architecture import Architecture
-from swinq.quant.insert import named_quantizers, quantize_model, set_int8_mode
+from swinq.quant.insert import named_quantizers, quantize_model, set_int8_mode, used_quantizers
 from swinq.train.ranges import KINDS, fix_ranges, learn_ranges
 from tests.quant.ranges import set_ranges_to_maxima
 from tests.quant.recipes import recipe
 from tests.quant.tiny import tiny_swin
+from tests.train.jobs import tiny_calibrated
 
 
 def model_of(architecture: Architecture, name: str = "int8") -> nn.Module:
@@ -87,3 +88,12 @@ def test_an_uncalibrated_model_is_refused(tiny_architecture: Architecture) -> No
     model = quantize_model(tiny_swin(tiny_architecture), recipe("int8"))
     with pytest.raises(CalibrationError, match="no range"):
         learn_ranges(model, ["output"])
+
+
+def test_folded_input_ranges_learn_only_together_with_the_weights() -> None:
+    model = tiny_calibrated()
+    vectors = [n for n, q in used_quantizers(model).items() if "input" in n and not q.per_tensor]
+    assert vectors, "this calibration found no scale per input channel"
+    with pytest.raises(ConfigError, match=r"layers fold a scale per input channel"):
+        learn_ranges(model, ("input",))
+    assert learn_ranges(model, ("input", "weight"))
