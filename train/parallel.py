@@ -38,6 +38,8 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     activation checkpointing can still recompute a block by itself.
     """
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
+    # DDP would have every graph cut at its buckets: blocks end often enough for gradients to leave
+    torch._dynamo.config.optimize_ddp = False
     options = INLINED if backend == "inductor" else None
     for module in _units(model):
         module.compile(fullgraph=True, dynamic=False, backend=backend, options=options)

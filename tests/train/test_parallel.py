@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from swinq.errors import CheckpointError, ConfigError
 from swinq.models.architecture import Architecture
@@ -108,6 +109,30 @@ def test_blocks_of_a_stage_share_a_graph_whatever_their_names_ranges_and_drop_pa
     torch.testing.assert_close(student(IMAGES), plain(IMAGES), rtol=1e-3, atol=1e-3)
     assert len(graphs) == 5
     assert student.state_dict().keys() == plain.state_dict().keys()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.filterwarnings("ignore:.*broadcast_buffers:FutureWarning")
+def test_data_parallel_training_leaves_the_graphs_whole(tiny_architecture: Architecture) -> None:
+    """Buckets far smaller than a block would have it cut into many graphs, or be refused."""
+    student = student_of(tiny_architecture)
+    graphs: list[Any] = []
+
+    def count(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    try:
+        torch._dynamo.reset()
+        parallel.compile_blocks(student, count)
+        model = DistributedDataParallel(student, broadcast_buffers=False, bucket_cap_mb=0.005)
+        model(IMAGES).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert len(graphs) == 2 + 1 + 2  # shifted and unshifted blocks of two stages, one merge
 
 
 def test_a_saved_state_goes_on_with_the_same_bits(tiny_architecture: Architecture) -> None:
