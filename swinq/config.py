@@ -178,9 +178,9 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
     """Writes `dump` under its final name in one step, so that no reader ever sees half of it."""
     text = dump(config).encode("utf-8", "backslashreplace")
     try:
-        write_atomically(path, lambda written: _write(written, text), size=len(text))
+        write_atomically(path, lambda written: _write(written, text))
     except ExportError as error:
-        raise ConfigError(error.problem, "choose another folder with --output") from error
+        raise ConfigError(error.problem, error.fix) from error
 
 
 def _write(path: Path, text: bytes) -> None:
