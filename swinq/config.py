@@ -180,7 +180,7 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
     try:
         write_atomically(path, lambda written: _write(written, text))
     except ExportError as error:
-        raise ConfigError(error.problem, error.fix) from error
+        raise ConfigError(error.problem, f"{error.fix}; --output names the folder") from error
 
 
 def _write(path: Path, text: bytes) -> None:
