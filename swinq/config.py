@@ -178,13 +178,9 @@ def save(config: Config, path: str | os.PathLike[str]) -> None:
     """Writes `dump` under its final name in one step, so that no reader ever sees half of it."""
     text = dump(config).encode("utf-8", "backslashreplace")
     try:
-        write_atomically(path, lambda written: _write(written, text))
+        write_atomically(path, lambda written: written.write_bytes(text))
     except ExportError as error:
         raise ConfigError(error.problem, f"{error.fix}; --output names the folder") from error
-
-
-def _write(path: Path, text: bytes) -> None:
-    path.write_bytes(text)
 
 
 def _merge_file(config: Config, path: Path, root: Path, above: tuple[Path, ...]) -> None:

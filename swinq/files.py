@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -26,10 +26,10 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 def write_atomically(
     path: str | os.PathLike[str],
-    write: Callable[[Path], None],
+    write: Callable[[Path], object],
     *,
     size: int = 0,
-    verify: Callable[[Path], None] | None = None,
+    verify: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a file so that its final name never shows half of it.
 
@@ -46,34 +46,56 @@ def write_atomically(
         ExportError: names the path, what failed and the bytes needed. What was there before is
             untouched, unless the error says that only the last sync failed.
     """
-    final = Path(os.path.realpath(path))
+    return write_together({Path(path): write}, size=size, verify=verify)[0]
+
+
+def write_together(
+    writers: Mapping[Path, Callable[[Path], object]],
+    *,
+    size: int = 0,
+    verify: Callable[[Path], object] | None = None,
+) -> list[Path]:
+    """Write files as `write_atomically` does one, and rename them when all are complete.
+
+    Args:
+        writers: what fills each file, by final name.
+        size, verify: of each of them.
+    """
+    partials: dict[Path, Path] = {}
+    final = Path()
     try:
-        final.parent.mkdir(parents=True, exist_ok=True)
-        if final.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "Is a directory")
-        remove_leftovers(final)
-        _require_space(final, size)
-        partial = create_partial(final)
-    except OSError as error:
-        raise _failure(final, error, size) from error
-    try:
-        write(partial)
-        _sync(partial)
-        if verify is not None:
-            verify(partial)
-        os.replace(partial, final)
-    except OSError as error:
-        _remove(partial)
-        raise _failure(final, error, size) from error
-    except BaseException:  # Ctrl-C too: nothing may be left behind
-        _remove(partial)
+        for path, write in writers.items():
+            final = Path(os.path.realpath(path))
+            partials[final] = _begin(final, size)
+            write(partials[final])
+            _sync(partials[final])
+            if verify is not None:
+                verify(partials[final])
+        for final, partial in partials.items():
+            os.replace(partial, final)
+    except BaseException as error:  # Ctrl-C too: nothing may be left behind
+        for partial in partials.values():
+            _remove(partial)
+        if isinstance(error, OSError):
+            raise _failure(final, error, size) from error
         raise
-    _sync_folder(final)
-    return final
+    for folder in {final.parent: final for final in partials}.values():
+        _sync_folder(folder)
+    return list(partials)
 
 
-def create_partial(final: Path) -> Path:
-    """Make an empty file beside `final`, by a name that nobody can guess, with the usual rights."""
+def _begin(final: Path, size: int) -> Path:
+    """An empty file beside the final name, where there is room for it."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if final.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "Is a directory")
+    _remove_leftovers(final)
+    _require_space(final, size)
+    return _create_partial(final)
+
+
+def _create_partial(final: Path) -> Path:
+    """An empty file beside `final`, by a name that nobody can guess, with the usual rights."""
     host = re.sub(r"[^\w-]", "-", socket.gethostname()) or "host"
     name = f".{final.name}.{host}.{os.getpid()}.{secrets.token_hex(8)}.partial"
     partial = final.with_name(name)
@@ -81,7 +103,7 @@ def create_partial(final: Path) -> Path:
     return partial
 
 
-def remove_leftovers(final: Path) -> None:
+def _remove_leftovers(final: Path) -> None:
     """Clear what a killed process of this machine left behind when it wrote the same file."""
     host = re.sub(r"[^\w-]", "-", socket.gethostname()) or "host"
     for found in final.parent.iterdir():

@@ -70,11 +70,7 @@ def write_calibrated(
     }
     metadata["digests"] = encode(digests(tensors, metadata))
     data = reproducible(save(tensors, metadata))
-    return write_atomically(path, lambda written: _write(written, data), size=len(data))
-
-
-def _write(path: Path, data: bytes) -> None:
-    path.write_bytes(data)
+    return write_atomically(path, lambda written: written.write_bytes(data), size=len(data))
 
 
 def spec_of(loaded: LoadedCheckpoint) -> QuantSpec | None:

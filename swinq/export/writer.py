@@ -119,10 +119,9 @@ def write_tensors(
                 "nothing was replaced; check the disk, then export again",
             ) from error
 
-    def write(partial: Path) -> None:
-        partial.write_bytes(data)
-
-    return write_atomically(path, write, size=len(data), verify=verify)
+    return write_atomically(
+        path, lambda written: written.write_bytes(data), size=len(data), verify=verify
+    )
 
 
 def reproducible(data: bytes) -> bytes:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import os
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from swinq.errors import DataError
-from swinq.files import create_partial, remove_leftovers
+from swinq.errors import DataError, ExportError
+from swinq.files import write_together
 from swinq.report.csv import to_csv
 from swinq.report.html import to_html
 from swinq.report.markdown import to_markdown
@@ -43,41 +42,17 @@ def write_report(report: Report, folder: Path | str) -> dict[str, Path]:
     }
     if recipe:
         texts["recipe"] = (folder / RECIPE_FILE, recipe)
-    _write_all(folder, dict(texts.values()))
+    try:
+        write_together({path: partial(_write, text=text) for path, text in texts.values()})
+    except ExportError as error:
+        raise DataError(
+            f"the report cannot be written to {folder}: {error.problem}",
+            "give a folder that is writable and has a few megabytes free with --output",
+        ) from error
     if not recipe:
         (folder / RECIPE_FILE).unlink(missing_ok=True)  # an earlier run's, no longer advised
     return {kind: path for kind, (path, _) in texts.items()}
 
 
-def _write_all(folder: Path, texts: Mapping[Path, str]) -> None:
-    """Write each text beside its final name and sync it; rename when all of them are complete."""
-    beside: dict[Path, Path] = {}
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for path, text in texts.items():
-            remove_leftovers(path)
-            beside[path] = create_partial(path)
-            with open(beside[path], "w", encoding="utf-8", newline="") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-        for path, temporary in beside.items():
-            os.replace(temporary, path)
-        _sync_folder(folder)
-    except OSError as error:
-        raise DataError(
-            f"the report cannot be written to {folder}: {error.strerror}",
-            "give a folder that is writable and has a few megabytes free with --output",
-        ) from error
-    finally:
-        for temporary in beside.values():
-            temporary.unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the renames survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _write(path: Path, text: str) -> None:
+    path.write_bytes(text.encode())  # no line end is translated

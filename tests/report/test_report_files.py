@@ -12,7 +12,6 @@ from xml.etree import ElementTree
 import pytest
 
 from swinq.errors import DataError
-from swinq.report import write
 from swinq.report.csv import HEADER, to_csv
 from swinq.report.html import to_html
 from swinq.report.markdown import to_markdown
@@ -227,7 +226,7 @@ def test_a_failing_write_leaves_the_old_report_and_no_rubbish(
         if calls == 3:
             raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(write.os, "fsync", full_disk)
+    monkeypatch.setattr(os, "fsync", full_disk)
     with pytest.raises(DataError, match=f"(?s){tmp_path}.*No space left.*fix: "):
         write_report(made_up_report((1, 1)), tmp_path)
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -237,8 +236,8 @@ def test_what_a_killed_run_left_half_written_is_cleared(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as killed:
-        killed.setattr(write.Path, "unlink", lambda *args, **kwargs: None)
-        killed.setattr(write.os, "replace", lambda *args: None)
+        killed.setattr(Path, "unlink", lambda *args, **kwargs: None)
+        killed.setattr(os, "replace", lambda *args: None)
         write_report(made_up_report((1,)), tmp_path)  # as far as a kill lets it come
     assert list(tmp_path.glob(".*.partial"))
     monkeypatch.setattr("swinq.files._is_running", lambda pid: False)
