@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+
+from swinq.train.parallel import placed, whole
 
 
 class Average:
@@ -32,21 +34,14 @@ class Average:
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name, whole, on the CPU; every rank calls this."""
-        return {name: _whole(tensor).cpu() for name, tensor in self._averages.items()}
+        return {name: whole(tensor) for name, tensor in self._averages.items()}
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Take back what `tensors` gave."""
         for name, average in self._averages.items():
-            saved = tensors[name].to(average.device)
-            if isinstance(average, DTensor):
-                saved = distribute_tensor(saved, average.device_mesh, average.placements)
-            average.copy_(saved)
+            average.copy_(placed(tensors[name], average))
 
 
 def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -15,7 +13,7 @@ from swinq.train.settings import Settings
 NEVER_DECAYED = ("relative_position_bias_table", "cpb_mlp", "logit_scale")
 
 
-def build_optimizer(model: nn.Module, ranges: Iterable[nn.Parameter], settings: Settings) -> AdamW:
+def build_optimizer(model: nn.Module, settings: Settings) -> AdamW:
     """AdamW over three groups: decayed weights, everything else, and learned ranges.
 
     As in the official training, biases, norms and all that have one axis are not decayed, nor are
@@ -23,16 +21,14 @@ def build_optimizer(model: nn.Module, ranges: Iterable[nn.Parameter], settings: 
 
     Args:
         model: wrapped already, if it is to be: its parameters are those that are optimised.
-        ranges: the model's learned ranges.
     """
-    learned = {id(parameter) for parameter in ranges}
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     ranged: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        if id(parameter) in learned:
+        if name.endswith(".log_amax"):
             ranged.append(parameter)
         elif parameter.ndim <= 1 or any(word in name for word in NEVER_DECAYED):
             plain.append(parameter)
@@ -82,11 +78,11 @@ class Schedule:
         return float(self.optimizer.param_groups[0]["lr"])
 
 
-def weights_of(optimizer: AdamW) -> list[torch.Tensor]:
-    """The parameters whose gradient is clipped: all but the ranges, whose step AdamW bounds."""
+def parameters_of(optimizer: AdamW, *, ranges: bool) -> list[torch.Tensor]:
+    """The learned ranges, or all other parameters: their gradient is clipped apart from ranges'."""
     return [
         parameter
         for group in optimizer.param_groups
-        if group["name"] != "ranges"
+        if (group["name"] == "ranges") is ranges
         for parameter in group["params"]
     ]

@@ -115,7 +115,7 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the plain model, on the CPU; every rank calls this, every rank gets it."""
-    return {name: _whole(tensor) for name, tensor in _plain(model).state_dict().items()}
+    return {name: whole(tensor) for name, tensor in _plain(model).state_dict().items()}
 
 
 def save_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
@@ -127,7 +127,7 @@ def save_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
     tensors = {f"model.{name}": tensor for name, tensor in full_state(model).items()}
     for name, parameter in _plain(model).named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = _whole(value)
+            tensors[f"optimizer.{name}.{key}"] = whole(value)
     return tensors
 
 
@@ -139,14 +139,14 @@ def load_tensors(model: nn.Module, optimizer: Optimizer, tensors: Mapping[str, T
         CheckpointError: a tensor is missing, or has another shape.
     """
     for name, tensor in _plain(model).state_dict().items():
-        tensor.copy_(_placed(_required(tensors, f"model.{name}", tensor.shape), tensor))
+        tensor.copy_(placed(_required(tensors, f"model.{name}", tensor.shape), tensor))
     names = {parameter: name for name, parameter in _plain(model).named_parameters()}
     state = optimizer.state_dict()
     for group, saved in zip(optimizer.param_groups, state["param_groups"], strict=True):
         for parameter, index in zip(group["params"], saved["params"], strict=True):
             prefix = f"optimizer.{names[parameter]}."
             state["state"][index] = {
-                name.removeprefix(prefix): _placed(tensor, parameter) if tensor.ndim else tensor
+                name.removeprefix(prefix): placed(tensor, parameter) if tensor.ndim else tensor
                 for name, tensor in tensors.items()
                 if name.startswith(prefix)
             }
@@ -170,14 +170,14 @@ def _plain(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
 
 
-def _whole(tensor: Tensor) -> Tensor:
+def whole(tensor: Tensor) -> Tensor:
     """All of a tensor, sharded or not, as a copy on the CPU."""
     tensor = tensor.detach()
     tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return tensor.to("cpu", copy=True)
 
 
-def _placed(tensor: Tensor, like: Tensor) -> Tensor:
+def placed(tensor: Tensor, like: Tensor) -> Tensor:
     """A whole tensor on the device of another, and sharded as it is."""
     tensor = tensor.to(like.device)
     if isinstance(like, DTensor):

@@ -29,7 +29,7 @@ from swinq.train import parallel
 from swinq.train.average import Average
 from swinq.train.distill import Distillation
 from swinq.train.monitor import Monitor
-from swinq.train.optimizer import Schedule, build_optimizer, weights_of
+from swinq.train.optimizer import Schedule, build_optimizer, parameters_of
 from swinq.train.randomness import gather, restore_rank, seed_step
 from swinq.train.ranges import learn_ranges
 from swinq.train.settings import Settings
@@ -126,17 +126,13 @@ class _Loop:
         student = copy.deepcopy(calibrated)
         set_drop_path(student, settings.drop_path)
         student.set_gradient_checkpointing(settings.checkpointing)
-        ranges = learn_ranges(student, settings.learned) if settings.learned else []
-        names = {id(p): n for n, p in student.named_parameters()}
-        range_names = {names[id(p)] for p in ranges}
+        if settings.learned:
+            learn_ranges(student, settings.learned)
         if settings.compile_blocks:
             parallel.compile_blocks(student)
         self.student = student
         self.model = parallel.wrap(student, settings.parallel, around.device)
-        # FSDP2 has put sharded parameters in the place of those that were there
-        ranges = [p for n, p in student.named_parameters() if n in range_names]
-        self.ranges = ranges
-        self.optimizer = build_optimizer(student, ranges, settings)
+        self.optimizer = build_optimizer(student, settings)
         self.schedule = Schedule(self.optimizer, self.total, settings)
         self.average = Average(student, settings.ema) if settings.ema else None
         self.scaler = torch.amp.GradScaler(around.device.type, enabled=settings.amp == "fp16")
@@ -198,12 +194,14 @@ class _Loop:
                 parts = self._losses(batch)
                 loss = torch.stack(list(parts.values())).sum() / self.settings.accumulation
                 self.scaler.scale(loss).backward()
-            for name, part in {"loss": loss, **parts}.items():
-                share = part.detach() / (1 if name == "loss" else self.settings.accumulation)
+            for name, part in parts.items():
+                share = part.detach() / self.settings.accumulation
                 sums[name] = sums[name] + share if name in sums else share
         self.scaler.unscale_(self.optimizer)
-        norm = parallel.clip_gradients(weights_of(self.optimizer), self.settings.clip)
-        norm = norm + 0.0 * parallel.clip_gradients(self.ranges, 0.0)  # not finite if theirs is not
+        weights = parameters_of(self.optimizer, ranges=False)
+        ranges = parameters_of(self.optimizer, ranges=True)  # AdamW bounds their step
+        norm = parallel.clip_gradients(weights, self.settings.clip)
+        norm = norm + 0.0 * parallel.clip_gradients(ranges, 0.0)  # not finite if theirs is not
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -237,7 +235,7 @@ class _Loop:
     def _read(self, unread: _Unread) -> None:
         """Look at a step's numbers, stop at what is not finite, and show them."""
         norm, parts = unread.read()
-        loss, step = parts.pop("loss"), unread.step
+        loss, step = sum(parts.values()), unread.step
         if not math.isfinite(norm):  # the same on all ranks
             self.skipped += 1
             if self.settings.amp != "fp16" or self.skipped > SKIPPED_LIMIT:

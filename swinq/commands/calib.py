@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,15 +64,41 @@ def _calibrate(
     session: Session, spec: QuantSpec, model: nn.Module, train: ImageDataset, val: ImageDataset
 ) -> Outcome:
     quantized, sample, seconds = find_ranges(session, spec, model, train)
-    files, notes = write_checkpoints(session, quantized, session.calibrated_path())
+
+    def judge(judging: Judging) -> None:
+        for mode in session.modes:
+            form = set_int8_mode(quantized, mode)
+            judging.add(f"fake-quant mode {mode}", "fake-quant", mode, form)
+
+    path = session.calibrated_path()
+    return conclude(session, path, model, quantized, (sample, seconds), (train, val), judge)
+
+
+def conclude(
+    session: Session,
+    path: Path,
+    float_model: nn.Module,
+    quantized: nn.Module,
+    calibrated: tuple[list[int], float],
+    images: tuple[ImageDataset, ImageDataset],
+    judge: Callable[[Judging], None],
+) -> Outcome:
+    """Write the checkpoints, and judge everything on the same images.
+
+    Args:
+        path: where the calibrated checkpoint goes.
+        calibrated: the calibration's sample and seconds. images: of training and validation.
+        judge: adds the forms to judge between the float model and the exported ones.
+    """
+    (sample, seconds), (train, val) = calibrated, images
+    files, notes = _write_checkpoints(session, quantized, path)
     distributed.barrier()
-    judging = Judging(session, val, model)
-    for mode in session.modes:
-        judging.add(f"fake-quant mode {mode}", "fake-quant", mode, set_int8_mode(quantized, mode))
+    judging = Judging(session, val, float_model)
+    judge(judging)
     judging.add_exported(files)
     found: Calibration = quantized.calibration  # type: ignore[assignment]
     return Outcome(
-        float_model=model,
+        float_model=float_model,
         quantized=quantized,
         calibration=found,
         sample=sample,
@@ -128,7 +155,7 @@ def calibration_sample(session: Session, train: ImageDataset) -> list[int]:
     return calibration_indices(len(train), calib.NUM_BATCHES * calib.BATCH_SIZE, calib.SEED)
 
 
-def write_checkpoints(
+def _write_checkpoints(
     session: Session, quantized: nn.Module, calibrated: Path
 ) -> tuple[dict[str, Path], list[str]]:
     """Write the calibrated checkpoint and each mode's INT8 one on rank 0; name them on all."""

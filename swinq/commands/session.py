@@ -16,7 +16,7 @@ from swinq import api, console, distributed, preflight
 from swinq import config as configuration
 from swinq.config import Config
 from swinq.data.archive import ZipDataset
-from swinq.data.dataset import ImageDataset, Transform
+from swinq.data.dataset import ImageDataset
 from swinq.data.datasets import open_dataset
 from swinq.data.loader import BatchLoader
 from swinq.data.sampling import calibration_indices
@@ -121,13 +121,13 @@ class Session:
         """Whether a flag or --opts states one of these keys."""
         return any(self.config.origins.get(key, "").startswith("--") for key in keys)
 
-    def dataset(self, split: str, model: Any, transform: Transform | None = None) -> ImageDataset:
-        """Open the images of a split for a model, with its evaluation transform or another."""
+    def dataset(self, split: str, model: Any) -> ImageDataset:
+        """Open the images of a split for a model."""
         data = self.config.DATA
         opened = open_dataset(
             data.DATA_PATH,
             split,
-            transform or self.transform(model),
+            self.transform(model),
             zip_mode=data.ZIP_MODE,
             cache_mode=data.CACHE_MODE,
             num_classes=model.arch.num_classes,

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from swinq import api, console, distributed
 from swinq.calib.calibrate import Calibration, measure_residual
-from swinq.commands.calib import Outcome, calibration_sample, find_ranges, write_checkpoints
+from swinq.commands.calib import Outcome, calibration_sample, conclude, find_ranges
 from swinq.commands.judging import Judging
 from swinq.commands.session import RankImages, Session, load_model, weights_of
 from swinq.config import Config, leaves, under
 from swinq.data.augment import Augmented, train_transform
-from swinq.data.dataset import ImageDataset
+from swinq.data.dataset import ImageDataset, Transform
 from swinq.data.mixing import Mixing
 from swinq.data.order import StepOrder
 from swinq.data.sampling import sample_digest
@@ -71,7 +71,7 @@ def run(config: Config) -> int:
             console.say(f"note: a calibrated file does not say which ranges learn; now: {kinds}")
     float_model = load_model(session, ranges=False) if calibrated else given
     settings = settings_of(config, session.device)
-    around = _surroundings(session, settings, given, float_model, val)  # refuses before the minutes
+    around = _surroundings(session, settings, given, float_model, images, val)  # refuses early
     quantized, sample, seconds = given, calibration_sample(session, images), 0.0
     if not calibrated:
         spec = QuantSpec.from_config(config.QUANT)
@@ -84,7 +84,8 @@ def run(config: Config) -> int:
     except StoppedError as stopped:
         console.say(str(stopped), "warning")
         return stopped.code
-    outcome = _finish(session, float_model, quantized, before, progress, (sample, seconds))
+    calibration = (sample, seconds)
+    outcome = _finish(session, float_model, quantized, before, calibration, (images, val))
     outcome = replace(outcome, training=_summary(session, settings, progress, images))
     if distributed.is_main():
         from swinq.commands import report  # matplotlib takes a second that other ranks save
@@ -164,6 +165,7 @@ def _surroundings(
     settings: Settings,
     given: SwinBase,
     float_model: nn.Module,
+    images: ImageDataset,
     val: ImageDataset,
 ) -> Surroundings:
     """Everything around the loop.
@@ -173,7 +175,7 @@ def _surroundings(
             refuses, or a teacher that does not fit.
     """
     config = session.config
-    augmented = Augmented(_training_images(session, given), config.SEED)
+    augmented = Augmented(images.with_transform(_augmentation(session, given)), config.SEED)
     mixing = _mixing(config, given.arch.num_classes)
     mixing.check_batch(settings.batch)
     micro_batches = settings.accumulation * distributed.world_size()
@@ -205,11 +207,11 @@ def _surroundings(
     )
 
 
-def _training_images(session: Session, model: SwinBase) -> ImageDataset:
-    """The training images with the official augmentation."""
+def _augmentation(session: Session, model: SwinBase) -> Transform:
+    """The official augmentation of training images."""
     config, aug = session.config, session.config.AUG
     transform = session.transform(model)
-    augmentation = train_transform(
+    return train_transform(
         model.arch.img_size,
         color_jitter=aug.COLOR_JITTER,
         auto_augment=aug.AUTO_AUGMENT,
@@ -222,7 +224,6 @@ def _training_images(session: Session, model: SwinBase) -> ImageDataset:
         std=transform.std,
         squash=transform.crop is None and model.arch.img_size <= 32,
     )
-    return session.dataset("train", model, augmentation)
 
 
 def _mixing(config: Config, classes: int) -> Mixing:
@@ -322,41 +323,28 @@ def _finish(
     float_model: nn.Module,
     quantized: SwinBase,
     before: dict[str, Tensor],
-    progress: Progress,
     calibrated: tuple[list[int], float],
+    images: tuple[ImageDataset, ImageDataset],
 ) -> Outcome:
     """Export the best model and judge it beside the float one and the one before training."""
-    sample, seconds = calibrated
-    images, val = session.dataset("train", quantized), session.dataset("val", quantized)
-    mode = session.config.INT8.MODE
+    sample, train_images = calibrated[0], images[0]
     found: Calibration = quantized.calibration  # type: ignore[assignment]
     distributed.barrier()  # rank 0 has written the best by now
-    best = api.load(_best_path(session), device=session.device)
-    quantized.load_state_dict(best.state_dict())
-    found.residual_max = measure_residual(quantized, RankImages(session, images, sample))
+    best = api.load(_best_path(session), device=session.device).state_dict()
+    quantized.load_state_dict(best)
+    found.residual_max = measure_residual(quantized, RankImages(session, train_images, sample))
     if not found.sample_sha256:
-        found.sample_sha256 = sample_digest(images, sample)
-    files, notes = write_checkpoints(session, quantized, session.trained_path())
-    distributed.barrier()
-    trained = {name: tensor.clone() for name, tensor in quantized.state_dict().items()}
-    judging = Judging(session, val, float_model)
-    quantized.load_state_dict(before)
-    judging.add(f"fake-quant mode {mode}", "fake-quant", mode, quantized)
-    quantized.load_state_dict(trained)
-    judging.add(f"QAT fake-quant mode {mode}", "fake-quant", mode, quantized)
-    judging.add_exported(files)
-    return Outcome(
-        float_model=float_model,
-        quantized=quantized,
-        calibration=found,
-        sample=sample,
-        train=images,
-        val=val,
-        files=files,
-        judged=judging.judged,
-        seconds=seconds,
-        notes=[*found.notes, *notes, *judging.notes],
-    )
+        found.sample_sha256 = sample_digest(train_images, sample)
+
+    def judge(judging: Judging) -> None:
+        mode = session.config.INT8.MODE
+        quantized.load_state_dict(before)
+        judging.add(f"fake-quant mode {mode}", "fake-quant", mode, quantized)
+        quantized.load_state_dict(best)
+        judging.add(f"QAT fake-quant mode {mode}", "fake-quant", mode, quantized)
+
+    path = session.trained_path()
+    return conclude(session, path, float_model, quantized, calibrated, images, judge)
 
 
 def _summary(

@@ -139,6 +139,12 @@ class ZipDataset(ImageDataset):
         if self.cache_mode != "no":
             self._keep(indices)
 
+    def with_transform(self, transform: Transform) -> ZipDataset:
+        """The same images under another transform; what is kept of them serves both."""
+        other: ZipDataset = super().with_transform(transform)  # type: ignore[assignment]
+        other._kept = self._kept
+        return other
+
     def __getstate__(self) -> dict[str, Any]:
         # A copy for another process opens the file itself and does not carry the cache along
         return {**self.__dict__, "_file": None, "_kept": {}}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -59,6 +60,12 @@ class ImageDataset(Dataset[tuple[Tensor, int]], ABC):
     def path(self, index: int) -> str:
         """A name of image `index` that is the same on every machine and in every container."""
         return self.names[index]
+
+    def with_transform(self, transform: Transform) -> ImageDataset:
+        """The same images under another transform, without looking for them again."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
 
     @abstractmethod
     def raw(self, index: int) -> bytes:
