@@ -1,4 +1,4 @@
-"""Times a QAT step against the same float step: both compiled, in bf16, taking turns in one run.
+"""Times a QAT step against the same float step: both compiled, captured, in bf16, taking turns.
 
     python scripts/benchmark_training.py --cfg swin_tiny_patch4_window7_224 --batch 128
     torchrun --nproc_per_node 2 scripts/benchmark_training.py --cfg \\
@@ -6,8 +6,8 @@
 
 A step is forward, loss on mixed targets, backward, clipping and AdamW. Weights and images are made
 up: time hardly depends on them, and no loader takes part. Times are medians of rounds, by the
-device's own clock; a step of several ranks takes as long as the slowest. Memory is what the
-allocator held at most during a step, plus what the job keeps between steps.
+device's own clock; a step of several ranks takes as long as the slowest. Memory is what a job's
+allocator takes from the GPU: weights, moments, teacher, graphs, and the most that a step needs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import shlex
 import statistics
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from timm.loss import SoftTargetCrossEntropy
-from torch import Tensor, nn
+from torch import Tensor
 
 from swinq import api, console, distributed
 from swinq.latency import device_name
@@ -38,6 +38,7 @@ from swinq.models.variants import find_variant
 from swinq.quant.insert import set_int8_mode
 from swinq.train import parallel
 from swinq.train.distill import Distillation
+from swinq.train.graphs import capture_stages
 from swinq.train.ranges import KINDS, learn_ranges
 
 CALIBRATION_IMAGES = 2
@@ -51,19 +52,21 @@ class Job:
 
     def __init__(
         self,
-        student: nn.Module,
+        student: SwinBase,
         args: argparse.Namespace,
         device: torch.device,
         distillation: Distillation | None = None,
     ) -> None:
         self.args, self.device, self.distillation = args, device, distillation
-        if distillation is not None:
-            distillation.watch(student)
-        if args.checkpointing and isinstance(student, SwinBase):
-            student.set_gradient_checkpointing(True)
+        student.train().set_gradient_checkpointing(args.checkpointing)
         if not args.eager:
             parallel.compile_blocks(student)
-        self.model = parallel.wrap(student.train(), args.parallel, device)
+        if args.graphs:
+            amp = AMP_TYPES[args.amp]
+            capture_stages(student, args.batch, None if amp == torch.float32 else amp)
+        if distillation is not None:
+            distillation.watch(student)
+        self.model = parallel.wrap(student, args.parallel, device)
         self.optimizer = torch.optim.AdamW(
             student.parameters(), lr=1e-5, weight_decay=0.05, fused=device.type == "cuda"
         )
@@ -86,12 +89,9 @@ class Job:
         self.optimizer.zero_grad(set_to_none=True)
 
     def round(self, images: Tensor, targets: Tensor) -> None:
-        """Some steps: their mean time, and the memory that they needed at most."""
-        kept = self.kept_bytes()
+        """Some steps, and their mean time."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
         began = time.perf_counter()
@@ -101,8 +101,6 @@ class Job:
             end.record()
             torch.cuda.synchronize()
             spent = start.elapsed_time(end)
-            peak = torch.cuda.max_memory_allocated() - held + kept
-            self.peak_bytes = max(self.peak_bytes, peak)
         else:
             spent = 1e3 * (time.perf_counter() - began)
         slowest = distributed.all_reduce_max_(torch.tensor(spent / self.args.steps))
@@ -117,6 +115,16 @@ class Job:
             teacher = self.distillation.teacher
             tensors += [*teacher.parameters(), *teacher.buffers()]
         return _bytes(tensors)
+
+    def measure_memory(self, images: Tensor, targets: Tensor, before: int) -> None:
+        """Learn what a step takes; `before` is what the GPU's allocator held without this job."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()  # of compiling and warming up
+            torch.cuda.reset_peak_memory_stats()
+            self.step(images, targets)
+            torch.cuda.synchronize()
+            self.peak_bytes = torch.cuda.max_memory_reserved() - before
 
     def measured(self) -> dict[str, Any]:
         """What was found, as plain JSON."""
@@ -136,8 +144,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
-def jobs_of(args: argparse.Namespace, device: torch.device) -> dict[str, Job]:
-    """The float job and the QAT job, and with --distill the QAT job that has a teacher."""
+def jobs_of(args: argparse.Namespace, device: torch.device) -> dict[str, Callable[[], Job]]:
+    """Makers of the float job and the QAT job, and with --distill of one that has a teacher."""
     architecture = find_variant(args.cfg)
     if architecture is None:
         raise SystemExit(f"{args.cfg} is no official model; configs/ has their names")
@@ -147,26 +155,41 @@ def jobs_of(args: argparse.Namespace, device: torch.device) -> dict[str, Job]:
         torch.manual_seed(0)
         return build_model(architecture, args.drop_path).to(device)
 
-    def student() -> nn.Module:
+    def student() -> SwinBase:
         images = torch.randn(CALIBRATION_IMAGES, architecture.in_chans, size, size, device=device)
         model = api.calibrate(made_up().eval(), images, recipe=args.recipe, method="max")
+        assert isinstance(model, SwinBase)
         set_drop_path(model, args.drop_path)
         set_int8_mode(model, args.int8_mode)
         if args.learn:
             learn_ranges(model, args.learn)
         return model
 
-    jobs = {"float": Job(made_up(), args, device), "QAT": Job(student(), args, device)}
-    if args.distill:
-        teacher = Distillation(
+    def teacher() -> Distillation:
+        return Distillation(
             made_up(),
             scale=1.0,
             temperature=3.0,
             features=args.features,
             compile_blocks=not args.eager,
         )
-        jobs["QAT distilled"] = Job(student(), args, device, teacher)
+
+    jobs = {
+        "float": lambda: Job(made_up(), args, device),
+        "QAT": lambda: Job(student(), args, device),
+    }
+    if args.distill:
+        jobs["QAT distilled"] = lambda: Job(student(), args, device, teacher())
     return jobs
+
+
+def reserved_bytes(device: torch.device) -> int:
+    """What the allocator holds on the GPU, without what it could give back."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()
 
 
 def profiled(job: Job, images: Tensor, targets: Tensor) -> str:
@@ -195,12 +218,16 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--parallel", choices=parallel.WRAPPINGS, default="ddp")
     parser.add_argument("--checkpointing", action="store_true")
     parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--no-graphs", action="store_true", help="launch every kernel by itself")
     parser.add_argument("--steps", type=int, default=5, help="of a round")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--profile", action="store_true", help="print each job's longest kernels")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="raw results go here")
-    return parser.parse_args()
+    args = parser.parse_args()
+    captured = not (args.eager or args.no_graphs or args.checkpointing or args.parallel == "fsdp")
+    args.graphs = captured and torch.cuda.is_available() and args.device != "cpu"
+    return args
 
 
 def rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -224,19 +251,22 @@ def main() -> int:
     args = parsed()
     device = distributed.select_device(args.device)
     distributed.init()
-    jobs = jobs_of(args, device)
     arch = find_variant(args.cfg)
     assert arch is not None
     torch.manual_seed(distributed.rank())
     images = torch.randn(args.batch, arch.in_chans, arch.img_size, arch.img_size, device=device)
     targets = torch.rand(args.batch, arch.num_classes, device=device).mul(10).softmax(-1)
-    first_s = {}
-    for name, job in jobs.items():
+    jobs: dict[str, Job] = {}
+    ready_s = {}
+    for name, make in jobs_of(args, device).items():
         began = time.perf_counter()
+        before = reserved_bytes(device)
+        jobs[name] = job = make()
         job.round(images, targets)
-        first_s[name] = time.perf_counter() - began
-        console.say(f"{name}: first {args.steps} steps in {first_s[name]:.0f} s")
-        job.ms, job.peak_bytes = [], 0  # compiling counts for neither
+        job.measure_memory(images, targets, before)
+        job.ms = []  # compiling does not count
+        ready_s[name] = time.perf_counter() - began
+        console.say(f"{name}: ready after {ready_s[name]:.0f} s")
     for _ in range(args.rounds):
         for job in jobs.values():
             job.round(images, targets)
@@ -248,7 +278,7 @@ def main() -> int:
         for name, job in jobs.items():
             console.say(f"{name}\n{profiled(job, images, targets)}")
     if args.json and distributed.is_main():
-        write(args, device, {"jobs": found, "first_round_s": first_s})
+        write(args, device, {"jobs": found, "ready_s": ready_s})
     distributed.shutdown()
     return 0
 
@@ -261,7 +291,7 @@ def write(args: argparse.Namespace, device: torch.device, found: dict[str, Any])
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "ranks": distributed.world_size(),
         **{name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+        "compiled_graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
         **found,
     }
     args.json.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT_S = 600  # a rank that is silent for this long ends the job
+CULPRIT_FIRST_S = 2.0  # torchrun blames the first rank that ends: not one that only lost its peer
 
 
 def rank() -> int:
@@ -244,6 +246,7 @@ def _collect(what: str, collective: Callable[[], object]) -> None:
 
 
 def _lost_peer(what: str, error: BaseException) -> SwinqError:
+    time.sleep(CULPRIT_FIRST_S)
     return SwinqError(
         f"rank {rank()} of {world_size()} on {socket.gethostname()}: "
         f"{what} over the ranks failed: {_first(error)}",

@@ -89,7 +89,7 @@ class Monitor:
         if due and speed:
             scalars["images_per_second"] = speed * self._images
         if due and torch.cuda.is_initialized():
-            scalars["memory_gib"] = torch.cuda.max_memory_allocated() / GIB
+            scalars["memory_gib"] = torch.cuda.max_memory_reserved() / GIB
         for name, value in scalars.items():
             self._write("add_scalar", f"train/{name}", value, self._step)
         if due or first:
@@ -169,7 +169,7 @@ class Monitor:
             ranks = f" on {self._world} ranks" if self._world > 1 else ""
             words.append(f"{speed * self._images:,.0f} images/s{ranks}")
         if torch.cuda.is_initialized():
-            words.append(f"{torch.cuda.max_memory_allocated() / GIB:.1f} GiB")
+            words.append(f"{torch.cuda.max_memory_reserved() / GIB:.1f} GiB")
         if speed and self._step < self._total:
             left = (self._total - self._step) / speed
             left += self._evaluations_left() * self._evaluation_seconds

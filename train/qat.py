@@ -28,6 +28,7 @@ from swinq.models.layers import SwinBase, set_drop_path
 from swinq.train import parallel
 from swinq.train.average import Average
 from swinq.train.distill import Distillation
+from swinq.train.graphs import CapturedStages, capture_stages, hold_gradients
 from swinq.train.monitor import Monitor
 from swinq.train.optimizer import Schedule, build_optimizer, parameters_of
 from swinq.train.randomness import gather, restore_rank, seed_step
@@ -130,6 +131,14 @@ class _Loop:
             learn_ranges(student, settings.learned)
         if settings.compile_blocks:
             parallel.compile_blocks(student)
+        self.captured: CapturedStages | None = None
+        if settings.cuda_graphs:
+            amp = AMP_TYPES.get(settings.amp)
+            self.captured = capture_stages(student.train(), settings.batch, amp)
+        # sums that start from None would begin in the graphs' own memory
+        self.holds_gradients = settings.cuda_graphs and settings.accumulation > 1
+        if self.holds_gradients:
+            hold_gradients(student)
         self.student = student
         self.model = parallel.wrap(student, settings.parallel, around.device)
         self.optimizer = build_optimizer(student, settings)
@@ -144,6 +153,8 @@ class _Loop:
 
     def run(self) -> Progress:
         done = self._resume()
+        if self.captured is not None:
+            self.captured.require_unmoved()
         self.model.train()
         self.started = time.monotonic() - self.progress.seconds
         interval = self.settings.save_steps or FIRST_SAVE
@@ -204,7 +215,7 @@ class _Loop:
         norm = norm + 0.0 * parallel.clip_gradients(ranges, 0.0)  # not finite if theirs is not
         self.scaler.step(self.optimizer)
         self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.holds_gradients)
         if self.average is not None:
             self.average.update(step)
         values = torch.stack([norm.float(), *(value.float() for value in sums.values())])
@@ -285,6 +296,8 @@ class _Loop:
     def _save(self, step: int, *, required: bool) -> None:
         """Write the whole state; a full disk ends the job only where the state is needed now."""
         began = time.monotonic()
+        if self.captured is not None:
+            self.captured.require_unmoved()
         tensors = parallel.save_tensors(self.student, self.optimizer)
         if self.average is not None:
             tensors |= {f"average.{name}": t for name, t in self.average.tensors().items()}

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 # May differ when a job is resumed: they change what is seen or kept, or the last bits at most.
-FREE = ("save_steps", "print_steps", "compile_blocks", "parallel")
+FREE = ("save_steps", "print_steps", "compile_blocks", "cuda_graphs", "parallel")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,8 @@ class Settings:
         ema: decay of the weights' running average, which is then what is judged; 0 for none.
         amp: "bf16", "fp16" or "fp32", of the matrix products.
         drop_path: rate of the last block. checkpointing: recompute blocks in the backward.
-        compile_blocks: torch.compile each block. parallel: "ddp" or "fsdp", with several ranks.
+        compile_blocks: torch.compile each block. cuda_graphs: replay each stage's kernels.
+        parallel: "ddp" or "fsdp", with several ranks.
         deterministic: only kernels that give the same bits again, on a GPU too.
         eval_epochs: epochs between judgements. save_steps: steps between checkpoints; 0 finds the
             interval at which they cost little. print_steps: steps between lines.
@@ -52,6 +53,7 @@ class Settings:
     drop_path: float
     checkpointing: bool
     compile_blocks: bool
+    cuda_graphs: bool
     parallel: str
     deterministic: bool
     eval_epochs: int

@@ -97,8 +97,11 @@ def run(config: Config) -> int:
 def settings_of(config: Config, device: torch.device) -> Settings:
     """What a configuration tells the training job."""
     qat, trained = config.QAT, config.TRAIN
-    step = config.DATA.BATCH_SIZE * trained.ACCUMULATION_STEPS * distributed.world_size()
-    distill = qat.DISTILL
+    distill, ranks, on_gpu = qat.DISTILL, distributed.world_size(), device.type == "cuda"
+    step = config.DATA.BATCH_SIZE * trained.ACCUMULATION_STEPS * ranks
+    compiled = qat.COMPILE == "yes" or (qat.COMPILE == "auto" and on_gpu)
+    # graphs keep what checkpointing would drop, and want weights that stay where they are
+    in_place = not trained.USE_CHECKPOINT and (qat.PARALLEL == "ddp" or ranks == 1)
     return Settings(
         epochs=qat.EPOCHS,
         seed=config.SEED,
@@ -115,10 +118,11 @@ def settings_of(config: Config, device: torch.device) -> Settings:
         range_rate=qat.RANGE_LR,
         fix_ranges=qat.FIX_RANGES,
         ema=qat.EMA,
-        amp=qat.AMP_TYPE if config.AMP_ENABLE and device.type == "cuda" else "fp32",
+        amp=qat.AMP_TYPE if config.AMP_ENABLE and on_gpu else "fp32",
         drop_path=config.MODEL.DROP_PATH_RATE,
         checkpointing=trained.USE_CHECKPOINT,
-        compile_blocks=qat.COMPILE == "yes" or (qat.COMPILE == "auto" and device.type == "cuda"),
+        compile_blocks=compiled,
+        cuda_graphs=qat.CUDA_GRAPHS and compiled and on_gpu and in_place,
         parallel=qat.PARALLEL,
         deterministic=qat.DETERMINISTIC,
         eval_epochs=qat.EVAL_EPOCHS,

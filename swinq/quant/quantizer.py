@@ -162,8 +162,18 @@ class TensorQuantizer(nn.Module):
             return
         self._require_calibrated()
         with torch.inference_mode(False):  # it must also serve a backward later
-            self._scale, self._inverse = scale_and_inverse(self._amax)
+            self._place(*scale_and_inverse(self._amax))
         self._scale_is_of = (self._amax, self._amax._version)
+
+    def _place(self, scale: Tensor, inverse: Tensor) -> None:
+        """Keep both where they were if they fit there: CUDA graphs of training read that memory."""
+        old = self._scale
+        fits = (old.shape, old.dtype, old.device) == (scale.shape, scale.dtype, scale.device)
+        if fits and not old.is_inference():
+            self._scale.copy_(scale)
+            self._inverse.copy_(inverse)
+        else:
+            self._scale, self._inverse = scale, inverse
 
     def _require_calibrated(self) -> None:
         if not self.calibrated:

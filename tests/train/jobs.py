@@ -46,6 +46,7 @@ SETTINGS = Settings(
     drop_path=0.0,
     checkpointing=False,
     compile_blocks=False,
+    cuda_graphs=False,
     parallel="ddp",
     deterministic=False,
     eval_epochs=1,
@@ -90,6 +91,7 @@ def run_job(
     *,
     augment: bool = True,
     distillation: Distillation | None = None,
+    device: str = "cpu",
     **changes: Any,
 ) -> Progress:
     """Train a model in place with changes to SETTINGS."""
@@ -103,7 +105,7 @@ def run_job(
         mixing=Mixing(10, seed=settings.seed, **({} if augment else {"mixup": 0.0, "cutmix": 0.0})),
         distillation=distillation,
         workers=0,
-        device=torch.device("cpu"),
+        device=torch.device(device),
         folder=CheckpointFolder(folder / "training"),
         monitor=Monitor(
             None, total_steps=8, steps_per_epoch=4, images_per_step=4, print_every=1000
