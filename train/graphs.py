@@ -43,6 +43,8 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, stage: _Stage, x: Tensor, *parameters: Tensor) -> Tensor:
+        if x.shape != stage.x.shape:  # copying could stretch it
+            raise ValueError(f"captured for {list(stage.x.shape)} tokens, got {list(x.shape)}")
         ctx.stage = stage
         _place(x, stage.x)
         stage.forward.replay()

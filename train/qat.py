@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -161,8 +161,8 @@ class _Loop:
         self.save_at = (done // interval + 1) * interval
         self._judge_once(done)
         self.last_save = (done, time.monotonic())
-        with StopRequest() as stop:
-            batches = iter(self._loader(done))
+        # closed, whatever happens: else a traceback could keep the workers until the process ends
+        with StopRequest() as stop, closing(iter(self._loader(done))) as batches:
             unread: _Unread | None = None
             for step in range(done, self.total):
                 latest = self._step(step, batches)

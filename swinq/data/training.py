@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -63,7 +63,7 @@ class TrainingLoader:
         """Micro-batches in all."""
         return len(self._places)
 
-    def __iter__(self) -> Iterator[TrainingBatch]:
+    def __iter__(self) -> Generator[TrainingBatch, None, None]:
         places = self._places.numbered()
         for batch, (step, number) in zip(self._loader, places, strict=True):
             yield TrainingBatch(batch.images, batch.labels, step, number)

@@ -1,6 +1,9 @@
 """Batches: the given ones, in order, with any workers; unreadable images stop the work by name."""
 
 import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -95,6 +98,37 @@ def test_a_worker_that_is_killed_is_explained(transform: EvalTransform) -> None:
     with pytest.raises(DataError, match="data worker died") as caught:
         list(BatchLoader(data, [[0]], num_workers=1))
     assert "/dev/shm" in str(caught.value)
+
+
+HOLDS_WORKERS = """
+import itertools, multiprocessing, subprocess, sys
+from swinq.data.datasets import open_dataset
+from swinq.data.loader import BatchLoader
+from swinq.data.transforms import eval_transform
+
+data = open_dataset("fake:8", "val", eval_transform("squash", 8))
+held = iter(BatchLoader(data, [[0]] * 9, num_workers=1))
+next(held)
+(worker,) = multiprocessing.active_children()
+subprocess.run(["kill", "-TERM", str(worker.pid)], check=True)
+assert len(list(itertools.islice(held, 7))) == 7  # it goes on: that was not its parent
+print("ending")
+sys.exit(3)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="macOS cannot tell who sent SIGTERM")
+def test_workers_outlive_a_strangers_sigterm_but_not_their_parent(repo_root: Path) -> None:
+    """An error may hold an iterator until the process ends; its workers may not hold that up."""
+    ran = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", HOLDS_WORKERS],
+        cwd=repo_root,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (ran.returncode, ran.stdout) == (3, "ending\n"), ran.stderr
 
 
 class _Faulty(ImageDataset):

@@ -83,6 +83,8 @@ def test_captured_stages_give_the_gradients_of_every_batch(
     captured = copy.deepcopy(plain)
     capture_stages(captured, BATCH, None)
     require_same_gradients(plain, captured, device)
+    with pytest.raises(ValueError, match=r"captured for \[4, 256, 32\] tokens, got \[1, "):
+        captured(torch.randn(1, 3, 32, 32, device=device))
     for model in (plain, captured):
         model.eval()
     images = torch.randn(2, 3, 32, 32, device=device)  # of any number
