@@ -96,6 +96,12 @@ def calibrate(
     device = next(model.parameters()).device
     with float_layers(model), collected.attached():
         for number, image in enumerate(shares):
+            if not isinstance(image, Tensor) or image.ndim != 3:
+                shape = list(image.shape) if isinstance(image, Tensor) else type(image).__name__
+                raise CalibrationError(
+                    f"calibration image {number} is {shape}, wanted a tensor (3, S, S)",
+                    "give images alone, one by one: batches are split, labels left out",
+                )
             model(image.unsqueeze(0).to(device))
             collected.check(number)
             if on_image is not None:

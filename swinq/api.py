@@ -54,6 +54,7 @@ Model = nn.Module | IntegerModel
 torch.backends.cudnn.allow_tf32 = False
 
 
+@torch.inference_mode(False)  # ranges are watched by their tensors' versions, as these have none
 def load(
     path: str | os.PathLike[str],
     *,
@@ -164,6 +165,7 @@ def recipe_spec(name: str | os.PathLike[str]) -> QuantSpec:
     return QuantSpec.from_config(config.QUANT)
 
 
+@torch.inference_mode(False)
 def calibrate(
     model: nn.Module,
     images: Iterable[Tensor],
@@ -283,7 +285,6 @@ def read_calibration(loaded: LoadedCheckpoint) -> Calibration:
     return Calibration(**{**unknown, **{k: v for k, v in said.items() if k in known}})
 
 
-@torch.inference_mode()
 def run(model: Any, images: Tensor) -> Tensor:
     """Logits (B, classes) fp32, on the CPU, of images (B, 3, S, S) fp32.
 
@@ -295,7 +296,8 @@ def run(model: Any, images: Tensor) -> Tensor:
         model = load(model)
     if not callable(model):
         raise CheckpointError(f"{type(model).__name__} is no model", "give what swinq.load returns")
-    return model(images.to(device_of(model))).float().cpu()
+    with torch.inference_mode():
+        return model(images.to(device_of(model))).float().cpu()
 
 
 def device_of(model: Any) -> torch.device:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from swinq import __version__, config_files, console, distributed, schema
 from swinq import config as configuration
@@ -154,7 +155,17 @@ def _run(action: str, config: Config) -> int:
     if isinstance(ended, SwinqError):
         raise ended
     distributed.shutdown()
-    return int(ended or 0)
+    code = int(ended or 0)
+    if not distributed.is_main():
+        _leave(code)  # nothing is left to do, and gloo's threads may abort an interpreter that ends
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends this rank as it is."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _failed(error: BaseException, code: int, cause: BaseException | None = None) -> int:
@@ -176,8 +187,7 @@ def _failed(error: BaseException, code: int, cause: BaseException | None = None)
         console.complain(text)
         _tell_torchrun(text, since)
     if many:  # other threads may hang in a collective that this rank will never join
-        sys.stdout.flush()
-        os._exit(code)
+        _leave(code)
     return code
 
 

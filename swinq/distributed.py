@@ -207,6 +207,28 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
     return tensor
 
 
+def require_same(what: str, digest: str, fix: str) -> None:
+    """Checks that every rank has what rank 0 has, by a digest of it; every rank calls this.
+
+    Args:
+        what: in plural, for the error. digest: in hex, as long on every rank.
+
+    Raises:
+        SwinqError: this rank's is another; says which rank on which machine.
+    """
+    if world_size() == 1:
+        return
+    import torch
+
+    own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+    if not torch.equal(broadcast_(own.clone()), own):
+        raise SwinqError(
+            f"rank {rank()} of {world_size()} on {socket.gethostname()} has other {what} "
+            "than rank 0",
+            fix,
+        )
+
+
 @contextmanager
 def lost_peers_named(what: str) -> Iterator[None]:
     """Says which rank noticed when another is gone or silent in torch's own collectives, as DDP's.

@@ -87,6 +87,26 @@ def test_five_names_are_all_one_needs(exported: dict[int, Path], digits: Tensor)
         swinq.quantise  # noqa: B018
 
 
+@torch.inference_mode()
+def test_models_load_calibrate_and_run_in_inference_mode(
+    model: nn.Module, digits: Tensor, tmp_path: Path
+) -> None:
+    found = swinq.calibrate(model, digits)
+    path = write_calibrated(
+        tmp_path / "calibrated.safetensors", found, calibration={}, classes=None, transform={}
+    )
+    logits = swinq.run(path, digits)
+    assert torch.equal(swinq.run(swinq.load(path), digits), logits)
+    assert torch.equal(swinq.run(found, digits), logits)
+
+
+def test_calibration_images_that_are_none_are_named(model: nn.Module, digits: Tensor) -> None:
+    with pytest.raises(CalibrationError, match=r"image 0 is \[4, 3, 32, 32\], wanted a tensor"):
+        swinq.calibrate(model, [digits[:4]])
+    with pytest.raises(CalibrationError, match="image 1 is tuple, wanted a tensor"):
+        swinq.calibrate(model, [digits[0], (digits[1], 3)])
+
+
 def test_importing_the_package_loads_no_torch() -> None:
     program = "import swinq, sys; print('torch' in sys.modules, 'load' in dir(swinq))"
     ran = subprocess.run(

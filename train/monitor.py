@@ -57,6 +57,7 @@ class Monitor:
         self._last: float | None = None  # when the last step was reported
         self._evaluation_seconds = 0.0
         self._step = 0  # steps that are done
+        self._fresh_from = 0  # the first step that this run writes
 
     def step(
         self,
@@ -75,7 +76,7 @@ class Monitor:
         """
         now = time.monotonic()
         first = self._last is None and self._step == 0
-        self._step = step + 1
+        self._step = self._fresh_from = step + 1
         if self._last is not None:
             self._timed_steps += 1
             self._timed_seconds += now - self._last
@@ -99,6 +100,8 @@ class Monitor:
 
     def evaluated(self, step: int, top1: float) -> None:
         """Report the accuracy of the quantized model after `step` steps, in percent."""
+        self._step = max(self._step, step)  # a resumed job may begin with an evaluation
+        self._fresh_from = step + 1 if step else 0
         when = (
             f"epoch {math.ceil(step / self._per_epoch)}, step {step}" if step else "before training"
         )
@@ -187,7 +190,7 @@ class Monitor:
             return
         try:
             if self._writer is None:
-                self._writer = _open_writer(self._folder, self._step)
+                self._writer = _open_writer(self._folder, self._fresh_from)
             call: Callable[..., None] = getattr(self._writer, method)
             call(*arguments)
         except OSError as error:

@@ -124,6 +124,13 @@ class _Loop:
         first = self.rank * settings.accumulation
         self.numbers = range(first, first + settings.accumulation)  # of this rank's micro-batches
 
+        self.saved = around.folder.newest()
+        if self.saved is not None:
+            self._require_same_job(self.saved)
+            # found anew, a range may be a vector where the job began with a number
+            saved = self.saved.part("model.")
+            ranges = {name: saved[name] for name in saved if name.endswith("._amax")}
+            calibrated.load_state_dict(ranges, strict=False)
         student = copy.deepcopy(calibrated)
         set_drop_path(student, settings.drop_path)
         student.set_gradient_checkpointing(settings.checkpointing)
@@ -174,8 +181,9 @@ class _Loop:
                 if last or stops or self._due(now) or now >= self.save_at:
                     self._read(unread)  # a state is saved once its step is known to be sound
                     unread = None
-                    self._save(now, required=last or stops)
-                if stops and not last:
+                    with stop.saving():
+                        self._save(now, required=last or stops)
+                if stops:
                     raise StoppedError(now, self.total, stop.exit_code)
                 # after the save: a judgement takes longer than a signal leaves, and can be repeated
                 self._judge_once(now)
@@ -335,19 +343,12 @@ class _Loop:
 
     def _resume(self) -> int:
         """Take up the newest checkpoint; return the number of steps that are done."""
-        saved = self.around.folder.newest()
+        saved, self.saved = self.saved, None
         if saved is None:
             return 0
-        self._require_same_job(saved)
         parallel.load_tensors(self.student, self.optimizer, saved.tensors)
         if self.average is not None:
-            prefix = "average."
-            averages = {
-                name.removeprefix(prefix): tensor
-                for name, tensor in saved.tensors.items()
-                if name.startswith(prefix)
-            }
-            self.average.load(averages)
+            self.average.load(saved.part("average."))
         if saved.metadata["scaler"]:
             self.scaler.load_state_dict(saved.metadata["scaler"])
         restore_rank(saved.tensors)

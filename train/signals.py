@@ -13,6 +13,8 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -45,6 +47,7 @@ class StopRequest:
         self._agreed = 0  # the number on which all ranks agreed
         self._interrupts = 0
         self._pending: _Maximum | None = None
+        self._saving = False
 
     @property
     def exit_code(self) -> int:
@@ -67,6 +70,15 @@ class StopRequest:
             self._agreed = self._pending.result()
         self._pending = None if self._agreed else _Maximum(self._received)
         return bool(self._agreed)
+
+    @contextmanager
+    def saving(self) -> Iterator[None]:
+        """Within it nothing is cut short: what is being written is worth waiting for."""
+        self._saving = True
+        try:
+            yield
+        finally:
+            self._saving = False
 
     def __enter__(self) -> StopRequest:
         self._reader, self._writer = os.pipe()
@@ -107,6 +119,9 @@ class StopRequest:
         while True:
             left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
             if not select.select([self._reader], [], [], left)[0]:
+                if self._saving:
+                    deadline = time.monotonic() + self.grace_s  # the step after it may take as long
+                    continue
                 if not self._agreed:
                     self._exit()
                 deadline = None  # they are saving, and take the time that it takes

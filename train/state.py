@@ -41,6 +41,11 @@ class Saved:
     metadata: dict[str, Any]
     path: Path
 
+    def part(self, prefix: str) -> dict[str, Tensor]:
+        """The tensors whose names begin so, by the rest of their names."""
+        found = self.tensors.items()
+        return {n.removeprefix(prefix): tensor for n, tensor in found if n.startswith(prefix)}
+
 
 class CheckpointFolder:
     """The checkpoints of one training job.

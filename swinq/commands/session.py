@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -27,6 +28,7 @@ from swinq.evaluate import Predictions, evaluate
 from swinq.int8 import choice
 from swinq.int8.choice import IntegerModel
 from swinq.models.architecture import Architecture
+from swinq.report.environment import describe_file, names_digest
 
 # From this input size on, the official configurations squash images instead of cropping them.
 SQUASHED_FROM = 384
@@ -59,8 +61,9 @@ class Session:
         if config.DEMO:
             torch.set_num_threads(1)  # the micro-Swin is too small to be worth sharing out
         weights = weights_of(config)
-        stated = "MODEL.NAME" in config.origins or weights is None
-        name = config.MODEL.NAME if stated else Path(weights or "").stem.removesuffix("_calib")
+        name = config.MODEL.NAME
+        if "MODEL.NAME" not in config.origins and weights is not None:  # it may be . or ..
+            name = Path(os.path.abspath(weights)).stem.removesuffix("_calib")
         tag = config.TAG if action != "train" or "TAG" in config.origins else "qat"
         folder = Path(config.OUTPUT) / name / tag
         device = distributed.select_device(config.DEVICE)
@@ -72,10 +75,27 @@ class Session:
             folder=folder,
             checkpoints=Path(config.CALIB.OUTPUT_PATH or folder),
         )
+        saved = "config.yaml" if action == "calib" else f"config_{action}.yaml"
         if distributed.is_main():
-            saved = "config.yaml" if action == "calib" else f"config_{action}.yaml"
             configuration.save(config, folder / saved)
+        if action in ("calib", "train"):  # ranks read what rank 0 writes, at the latest at the end
+            distributed.barrier()
+            session.require_shared(folder / saved)
         return session
+
+    def require_shared(self, path: Path) -> None:
+        """Check that every rank finds the file that rank 0 has written; every rank calls this.
+
+        Raises:
+            SwinqError: this rank finds none there, or another.
+        """
+        if distributed.world_size() > 1:
+            found = describe_file("file", path).sha256 if path.is_file() else "00" * 32
+            distributed.require_same(
+                f"bytes at {path}",
+                found,
+                "--output and --calib-output-path must lie on a disk that all nodes share",
+            )
 
     @property
     def modes(self) -> tuple[int, ...]:
@@ -132,6 +152,12 @@ class Session:
             cache_mode=data.CACHE_MODE,
             num_classes=model.arch.num_classes,
         )
+        if distributed.world_size() > 1:
+            distributed.require_same(
+                f"{split} images at --data-path {data.DATA_PATH} ({len(opened):,} here)",
+                names_digest((opened.path(i), int(opened.labels[i])) for i in range(len(opened))),
+                "give every node the same images: copy them again, or use a disk that all share",
+            )
         if split == "val" and self._typed("DATA.CACHE_MODE") and not isinstance(opened, ZipDataset):
             console.say(
                 "note: --cache-mode changes nothing for images that lie in no zip", "warning"

@@ -261,12 +261,14 @@ def _distillation(
                 "give the checkpoint it was made from, or leave --teacher out",
             )
         ours, theirs = float_model.arch, teacher.arch
-        for name in ("num_classes", "img_size"):
+        alike = ("embed_dim", "patch_size", "depths") if settings.features else ()
+        for name in ("num_classes", "img_size", *alike):
             if getattr(ours, name) != getattr(theirs, name):
                 raise ConfigError(
                     f"--teacher {distill.TEACHER} has {name} {getattr(theirs, name)}, the model "
                     f"{getattr(ours, name)}",
-                    "give a teacher for the same images and classes",
+                    "give a teacher for the same images and classes"
+                    + (", of the same shape, or set QAT.DISTILL.FEATURES to 0" if alike else ""),
                 )
     return Distillation(
         teacher,

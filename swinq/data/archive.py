@@ -220,6 +220,11 @@ def open_class_zip(
         if at is None or len(parts) < at + 3:
             continue
         name = "/".join(parts[at:])
+        if name in member_of:
+            raise DataError(
+                f"{path} has {member_of[name]} and {member}, which are one image's place",
+                "keep one data set in the zip: train/ and val/ at its top or below one folder",
+            )
         member_of[name] = member
         splits.setdefault(parts[at], []).append((parts[at + 1], "/".join(parts[at + 2 :])))
     if split not in splits:

@@ -32,7 +32,8 @@ class IntegerMatrix:
 
     def product(self, a: Tensor) -> Tensor:
         """a (M, in) int8 -> a @ codes.T, (M, out) int32, exact."""
-        if a.device.type == "cpu" and int_mm_is_usable():
+        # its result is not to be trusted for K = 1
+        if a.device.type == "cpu" and a.shape[-1] > 1 and int_mm_is_usable():
             return torch._int_mm(a, self._codes.t())
         if self._floats is None:
             self._floats = self._codes.t().float()

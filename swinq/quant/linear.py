@@ -72,8 +72,23 @@ class _TrainedLinear(torch.autograd.Function):
         return grad_codes.float(), grad_weight, None, grad_bias
 
 
+class _HalfStraightThrough(torch.autograd.Function):
+    """Rounds to fp16; the gradient passes unchanged, as most of it would be 0 in fp16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.dtype = x.dtype
+        return x.half().float()
+
+    @staticmethod
+    def backward(ctx: Any, *grad: Tensor) -> Tensor:
+        return grad[0].to(ctx.dtype)
+
+
 def round_to_half(x: Tensor) -> Tensor:
     """Round to fp16 and back, as a tensor that the engine keeps in half precision."""
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _HalfStraightThrough.apply(x)
     return x.half().float()
 
 
@@ -191,7 +206,7 @@ class QuantLinear(nn.Module):
         with torch.no_grad():
             codes = self._weight_codes()
             scale, _ = self.weight_quantizer.scale()
-        return codes.to(torch.int8), scale.expand(self.out_features).contiguous()
+        return codes.to(torch.int8), scale.expand(self.out_features).clone()
 
     def full_bias(self) -> Tensor | None:
         """The bias of the float layer, (out,) fp32 or None."""

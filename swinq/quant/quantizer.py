@@ -213,6 +213,10 @@ class TensorQuantizer(nn.Module):
         codes, scale = self.codes(x)
         return codes * scale
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._scale_is_of = None  # a copy's tensors count their versions anew
+
     def extra_repr(self) -> str:
         """Show the state in a printed model."""
         known = "calibrated" if self.calibrated else "uncalibrated"

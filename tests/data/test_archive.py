@@ -41,6 +41,13 @@ def map_lines(files: Mapping[str, bytes], split: str = "val") -> dict[str, bytes
     return {k.removeprefix(f"{split}/"): v for k, v in files.items() if k.startswith(split)}
 
 
+def test_two_data_sets_in_a_zip_are_refused(
+    image_files: dict[str, bytes], write_zip: Callable[..., Path], transform: EvalTransform
+) -> None:
+    twice = {f"{top}/{name}": data for top in "AB" for name, data in image_files.items()}
+    assert "which are one image's place" in failure(write_zip(twice), transform)
+
+
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 @pytest.mark.parametrize("cache_mode", ["no", "part", "full"])
 @pytest.mark.parametrize("prefix", ["", "imagenet/"])

@@ -161,6 +161,12 @@ def test_round_to_half_is_the_nearest_half_as_fp32() -> None:
     assert round_to_half(x).dtype == torch.float32
 
 
+def test_round_to_half_passes_gradients_that_a_half_does_not_hold() -> None:
+    x = torch.ones(3, requires_grad=True)
+    (round_to_half(x) * torch.tensor([1e-9, 1.0, 1e9])).sum().backward()
+    assert x.grad is not None and x.grad.tolist() == pytest.approx([1e-9, 1.0, 1e9])
+
+
 def test_an_inactive_layer_is_the_float_linear_to_the_bit() -> None:
     for layer, x in (build("proj"), build("fc1", FASTERTRANSFORMER), build("proj", bias=False)):
         layer.bias_correction.fill_(3.0)

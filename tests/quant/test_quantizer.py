@@ -148,8 +148,19 @@ def test_a_copy_has_a_range_of_its_own() -> None:
     assert float(quantizer.scale()[0]) * 2 == float(other.scale()[0])
 
 
+def test_a_copy_takes_new_ranges_however_often_the_original_did() -> None:
+    quantizer = calibrated(1.0)
+    for amax in (2.0, 3.0):
+        quantizer.load_state_dict({"_amax": torch.tensor(amax)})
+    copied = copy.deepcopy(quantizer)
+    copied.load_state_dict({"_amax": torch.tensor(100.0)})
+    assert copied.scale()[0] * 127 == pytest.approx(100.0)
+    assert quantizer.scale()[0] * 127 == pytest.approx(3.0)
+
+
 def test_a_scale_first_used_in_inference_mode_serves_training_too() -> None:
     quantizer = calibrated(1.0)
+    quantizer._amax = torch.tensor([1.0, 1.0])  # other shape: its scale is not known yet
     x = torch.tensor([0.3, 5.0], requires_grad=True)
     with torch.inference_mode():
         quantizer(x)

@@ -106,6 +106,17 @@ def test_a_resumed_job_continues_its_curves(tmp_path: Path) -> None:
     killed.close()
 
 
+def test_a_resumed_job_that_begins_with_an_evaluation_keeps_its_curves(tmp_path: Path) -> None:
+    with job(tmp_path) as killed:
+        run(killed, 0, 10)
+    with job(tmp_path) as resumed:
+        resumed.evaluated(10, 80.0)
+        run(resumed, 10, 20, loss=1.0)
+    found = scalars(tmp_path, "train/loss")
+    assert found == {step: 2.0 if step <= 10 else 1.0 for step in range(1, 21)}
+    assert scalars(tmp_path, "validation/top1") == {10: 80.0}
+
+
 def test_ranges_are_summed_up_by_kind(tmp_path: Path) -> None:
     model = made_model()
     quantizers = used_quantizers(model)

@@ -67,6 +67,15 @@ def test_grace_ends_with_the_step_not_with_the_saving() -> None:
         time.sleep(0.5)  # a checkpoint that takes its time
 
 
+def test_grace_waits_for_a_save_that_a_signal_meets() -> None:
+    with StopRequest(grace_s=0.2) as stop:
+        assert not stop.agreed()
+        with stop.saving():
+            send(signal.SIGTERM)
+            time.sleep(0.5)
+        assert stop.agreed()
+
+
 def test_grace_grows_with_the_patience_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     assert StopRequest().grace_s == 20
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "150")
@@ -104,8 +113,8 @@ def test_data_workers_outlive_a_signal_to_the_whole_group(number: int) -> None:
         loaded = iter(BatchLoader(Slow(), [[n] for n in range(12)], num_workers=2))
         workers = {int(next(loaded).labels) for _ in range(4)}
         assert len(workers) == 2 and os.getpid() not in workers
-        for worker in workers:
-            os.kill(worker, number)
+        for worker in workers:  # from a stranger, as a scheduler is
+            subprocess.run(["kill", f"-{number}", str(worker)], check=True)
         assert sum(len(batch) for batch in loaded) == 8
         assert not stop.agreed()  # a worker's signals are not its parent's
 
