@@ -22,11 +22,16 @@ CALIB = ("--calib", "--sensitivity-images", "0", "--opts", "REPORT.TENSORBOARD",
 
 def torchrun(ranks: int, *argv: object) -> subprocess.CompletedProcess[str]:
     """The command that a user types, from another folder than the checkout."""
+    return launched(ranks, ROOT / "swinq" / "main.py", *argv, cwd=ROOT.parent)
+
+
+def launched(
+    ranks: int, program: Path, *argv: object, cwd: Path
+) -> subprocess.CompletedProcess[str]:
     launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks)
-    words = [sys.executable, *launch, ROOT / "swinq" / "main.py", *argv]
     return subprocess.run(
-        [str(word) for word in words],
-        cwd=ROOT.parent,
+        [str(word) for word in (sys.executable, *launch, program, *argv)],
+        cwd=cwd,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
         capture_output=True,
         text=True,
@@ -105,6 +110,34 @@ def test_ranks_that_do_not_divide_the_images_score_like_one_process(
     ]
     assert saved[0] == saved[1]
     assert saved[0]["results"][0]["images"] == 355
+
+
+APART = """
+import os, sys
+sys.path.insert(0, sys.argv.pop(1))
+os.chdir(os.environ["RANK"])
+from swinq.cli import main
+sys.exit(main())
+"""
+
+
+def test_ranks_with_other_images_or_outputs_are_refused(tmp_path: Path) -> None:
+    """As on two nodes that share no disk: each rank has a folder of its own."""
+    for rank in "01":
+        write_digits(tmp_path / rank / "images")
+    program = tmp_path / "apart.py"
+    program.write_text(APART)
+    command = (ROOT, "--calib", "--resume", CHECKPOINT, "--data-path", "images", "--workers", "0")
+    ran = launched(2, program, *command, "--output", "out", cwd=tmp_path)
+    assert ran.returncode != 0
+    assert "rank 1 of 2 on " in ran.stderr and "has other bytes at out" in ran.stderr
+    assert "disk that all nodes share" in ran.stderr
+
+    next((tmp_path / "1" / "images" / "train" / "7").iterdir()).unlink()
+    ran = launched(2, program, *command, "--output", tmp_path / "out", cwd=tmp_path)
+    assert ran.returncode != 0
+    assert "has other train images at --data-path images (19 here) than rank 0" in ran.stderr
+    assert not list(tmp_path.rglob("*.safetensors"))
 
 
 def test_damaged_image_of_one_rank_ends_all_of_them_with_its_name(tmp_path: Path) -> None:
