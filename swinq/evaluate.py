@@ -308,7 +308,8 @@ def _run(model: Model, images: Tensor, batch_size: int, device: torch.device) ->
     except torch.OutOfMemoryError as error:
         raise SwinqError(
             f"a batch of {batch_size} images does not fit in the memory of {device}",
-            f"use --batch-size {max(1, batch_size // 2)}",
+            f"use --batch-size {max(1, batch_size // 2)}, or in a training job that has begun "
+            "--opts QAT.CUDA_GRAPHS False",
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch_size:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

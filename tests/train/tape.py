@@ -28,6 +28,7 @@ class Tape(TorchDispatchMode):
         return given
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # whose casts are on the tape
     def replay(self) -> None:
         """Compute everything anew, from what lies in memory now."""
         for op, args, kwargs, tensors in self._played:
