@@ -146,8 +146,14 @@ class Job:
             os.dup2(log, 2)
             sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
             events = _Events(self.folder, hit if hit is not None and hit.rank == rank else None)
-            code = cli.main(self.argv)
-            (self.folder / f"rank{rank}.events").write_text(str(events.count))
+            leave = cli._leave  # how ranks other than 0 end
+
+            def end(code: int) -> NoReturn:
+                (self.folder / f"rank{rank}.events").write_text(str(events.count))
+                leave(code)
+
+            cli._leave = end
+            end(cli.main(self.argv))
         except BaseException:
             traceback.print_exc()
         finally:
