@@ -207,11 +207,12 @@ def broadcast_(tensor: Tensor, source: int = 0) -> Tensor:
     return tensor
 
 
-def require_same(what: str, digest: str, fix: str) -> None:
+def require_same(what: str, digest: Callable[[], str], fix: str) -> None:
     """Checks that every rank has what rank 0 has, by a digest of it; every rank calls this.
 
     Args:
-        what: in plural, for the error. digest: in hex, as long on every rank.
+        what: in plural, for the error.
+        digest: gives it in hex, as long on every rank; not asked where there is one rank only.
 
     Raises:
         SwinqError: this rank's is another; says which rank on which machine.
@@ -220,7 +221,7 @@ def require_same(what: str, digest: str, fix: str) -> None:
         return
     import torch
 
-    own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8)
+    own = torch.tensor(list(bytes.fromhex(digest())), dtype=torch.uint8)
     if not torch.equal(broadcast_(own.clone()), own):
         raise SwinqError(
             f"rank {rank()} of {world_size()} on {socket.gethostname()} has other {what} "

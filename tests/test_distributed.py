@@ -42,9 +42,9 @@ for dtype in (torch.bool, torch.float16, torch.int64, torch.uint8, torch.float64
     assert torch.equal(distributed.broadcast_(here), torch.ones(2, 2, dtype=dtype)), dtype
 assert distributed.broadcast_(torch.tensor(rank), source=1).item() == 1
 assert distributed.all_reduce_sum_(torch.empty(0, dtype=torch.int64)).numel() == 0
-distributed.require_same("images", "0af1", "copy them")
+distributed.require_same("images", lambda: "0af1", "copy them")
 try:
-    distributed.require_same("images", ["0af1", "0af2"][rank], "copy them")
+    distributed.require_same("images", lambda: ["0af1", "0af2"][rank], "copy them")
     assert rank == 0
 except distributed.SwinqError as error:
     assert rank == 1 and "rank 1 of 2 on" in str(error) and "has other images" in str(error)

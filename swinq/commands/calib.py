@@ -92,9 +92,7 @@ def conclude(
     """
     (sample, seconds), (train, val) = calibrated, images
     files, notes = _write_checkpoints(session, quantized, path)
-    distributed.barrier()
-    for file in files.values():
-        session.require_shared(file)
+    session.require_shared(*files.values())
     judging = Judging(session, val, float_model)
     judge(judging)
     judging.add_exported(files)

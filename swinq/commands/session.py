@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,21 +80,20 @@ class Session:
         if distributed.is_main():
             configuration.save(config, folder / saved)
         if action in ("calib", "train"):  # ranks read what rank 0 writes, at the latest at the end
-            distributed.barrier()
             session.require_shared(folder / saved)
         return session
 
-    def require_shared(self, path: Path) -> None:
-        """Check that every rank finds the file that rank 0 has written; every rank calls this.
+    def require_shared(self, *paths: Path) -> None:
+        """Wait for files that rank 0 writes, and check that every rank finds them; all call this.
 
         Raises:
-            SwinqError: this rank finds none there, or another.
+            SwinqError: this rank finds none at one of the paths, or another.
         """
-        if distributed.world_size() > 1:
-            found = describe_file("file", path).sha256 if path.is_file() else "00" * 32
+        distributed.barrier()
+        for path in paths:
             distributed.require_same(
                 f"bytes at {path}",
-                found,
+                partial(_digest_at, path),
                 "--output and --calib-output-path must lie on a disk that all nodes share",
             )
 
@@ -152,12 +152,12 @@ class Session:
             cache_mode=data.CACHE_MODE,
             num_classes=model.arch.num_classes,
         )
-        if distributed.world_size() > 1:
-            distributed.require_same(
-                f"{split} images at --data-path {data.DATA_PATH} ({len(opened):,} here)",
-                names_digest((opened.path(i), int(opened.labels[i])) for i in range(len(opened))),
-                "give every node the same images: copy them again, or use a disk that all share",
-            )
+        named = ((opened.path(i), int(opened.labels[i])) for i in range(len(opened)))
+        distributed.require_same(
+            f"{split} images at --data-path {data.DATA_PATH} ({len(opened):,} here)",
+            partial(names_digest, named),
+            "give every node the same images: copy them again, or use a disk that all share",
+        )
         if split == "val" and self._typed("DATA.CACHE_MODE") and not isinstance(opened, ZipDataset):
             console.say(
                 "note: --cache-mode changes nothing for images that lie in no zip", "warning"
@@ -183,6 +183,11 @@ class Session:
             indices=self.evaluation_indices(dataset),
             label=label,
         )
+
+
+def _digest_at(path: Path) -> str:
+    """SHA-256 of a file in hex; zeros where there is none."""
+    return describe_file("file", path).sha256 if path.is_file() else "00" * 32
 
 
 def weights_of(config: Config) -> Path | None:

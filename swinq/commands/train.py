@@ -335,7 +335,7 @@ def _finish(
     """Export the best model and judge it beside the float one and the one before training."""
     sample, train_images = calibrated[0], images[0]
     found: Calibration = quantized.calibration  # type: ignore[assignment]
-    distributed.barrier()  # rank 0 has written the best by now
+    session.require_shared(_best_path(session))
     best = api.load(_best_path(session), device=session.device).state_dict()
     quantized.load_state_dict(best)
     found.residual_max = measure_residual(quantized, RankImages(session, train_images, sample))
