@@ -7,6 +7,7 @@ go on with another one.
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -40,6 +41,8 @@ def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "induct
     torch._dynamo.config.recompile_limit = max(GRAPHS, torch._dynamo.config.recompile_limit)
     # DDP would have every graph cut at its buckets: blocks end often enough for gradients to leave
     torch._dynamo.config.optimize_ddp = False
+    # what is fp32 is so on purpose: position biases, and everything with --disable-amp
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores", category=UserWarning)
     options = INLINED if backend == "inductor" else None
     for module in _units(model):
         module.compile(fullgraph=True, dynamic=False, backend=backend, options=options)
