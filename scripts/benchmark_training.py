@@ -38,13 +38,13 @@ from swinq.models.variants import find_variant
 from swinq.quant.insert import set_int8_mode
 from swinq.train import parallel
 from swinq.train.distill import Distillation
-from swinq.train.graphs import capture_stages
+from swinq.train.graphs import can_capture, capture_stages
+from swinq.train.precision import AMP_TYPES, autocast
 from swinq.train.ranges import KINDS, learn_ranges
 
 CALIBRATION_IMAGES = 2
 CLIP = 5.0
 LARGEST_RATIOS = {"ms": 1.35, "bytes": 1.25}  # of a QAT step to the float step
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 class Job:
@@ -62,8 +62,7 @@ class Job:
         if not args.eager:
             parallel.compile_blocks(student)
         if args.graphs:
-            amp = AMP_TYPES[args.amp]
-            capture_stages(student, args.batch, None if amp == torch.float32 else amp)
+            capture_stages(student, args.batch, args.amp)
         if distillation is not None:
             distillation.watch(student)
         self.model = parallel.wrap(student, args.parallel, device)
@@ -76,8 +75,7 @@ class Job:
 
     def step(self, images: Tensor, targets: Tensor) -> None:
         """One step; nothing waits for the device."""
-        amp = AMP_TYPES[self.args.amp]
-        with torch.autocast(self.device.type, amp, enabled=amp != torch.float32):
+        with autocast(self.device, self.args.amp):
             lesson = None if self.distillation is None else self.distillation.teach(images)
             logits = self.model(images).float()
         loss = self.loss(logits, targets)
@@ -224,10 +222,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--profile", action="store_true", help="print each job's longest kernels")
     parser.add_argument("--json", type=Path, metavar="FOLDER", help="raw results go here")
-    args = parser.parse_args()
-    captured = not (args.eager or args.no_graphs or args.checkpointing or args.parallel == "fsdp")
-    args.graphs = captured and torch.cuda.is_available() and args.device != "cpu"
-    return args
+    return parser.parse_args()
 
 
 def rows(found: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -251,6 +246,9 @@ def main() -> int:
     args = parsed()
     device = distributed.select_device(args.device)
     distributed.init()
+    sharded = args.parallel == "fsdp" and distributed.world_size() > 1
+    fits = can_capture(device, checkpointing=args.checkpointing, sharded=sharded)
+    args.graphs = fits and not args.no_graphs
     arch = find_variant(args.cfg)
     assert arch is not None
     torch.manual_seed(distributed.rank())

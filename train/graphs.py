@@ -21,8 +21,17 @@ from torch.autograd.function import once_differentiable
 
 from swinq.errors import SwinqError
 from swinq.models.layers import SwinBase
+from swinq.train.precision import autocast
 
 WARM_UPS = 3  # of a stage before its capture: compiles, tunes, and makes workspaces
+
+
+def can_capture(device: torch.device, *, checkpointing: bool, sharded: bool) -> bool:
+    """Whether a job's stages can be captured.
+
+    Graphs want a GPU, keep what checkpointing would drop, and read weights where they once were.
+    """
+    return device.type == "cuda" and not checkpointing and not sharded
 
 
 @dataclass
@@ -90,7 +99,7 @@ class CapturedStages:
         return {name: tensor.data_ptr() for name, tensor in named}
 
 
-def capture_stages(student: SwinBase, batch: int, amp: torch.dtype | None) -> CapturedStages:
+def capture_stages(student: SwinBase, batch: int, amp: str) -> CapturedStages:
     """Make each stage of a model in training replay its kernels, in place.
 
     From then on every forward in training mode is one of exactly `batch` images, with its backward
@@ -104,15 +113,14 @@ def capture_stages(student: SwinBase, batch: int, amp: torch.dtype | None) -> Ca
     Args:
         student: in training mode, on a GPU, not yet wrapped, without hooks on its stages.
         batch: images of a micro-batch.
-        amp: of autocast; None for none.
+        amp: type of the matrix products, one of AMP_TYPES.
     """
     arch, device = student.arch, next(student.parameters()).device
     shape = (batch, arch.in_chans, arch.img_size, arch.img_size)
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     # a cached cast of a weight would be read by a graph and freed at the end of autocast
-    autocast = torch.autocast(device.type, amp, enabled=amp is not None, cache_enabled=False)
-    with torch.cuda.stream(stream), autocast:
+    with torch.cuda.stream(stream), autocast(device, amp, cache=False):
         x = student.patch_embed(torch.randn(shape, device=device)).detach()
         for layer, stage in zip(student.layers, _capture(student, x, stream), strict=True):
             layer.forward = _replaying(layer, stage, layer.forward)

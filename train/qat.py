@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -31,13 +31,13 @@ from swinq.train.distill import Distillation
 from swinq.train.graphs import CapturedStages, capture_stages, hold_gradients
 from swinq.train.monitor import Monitor
 from swinq.train.optimizer import Schedule, build_optimizer, parameters_of
+from swinq.train.precision import autocast
 from swinq.train.randomness import gather, restore_rank, seed_step
 from swinq.train.ranges import learn_ranges
 from swinq.train.settings import Settings
 from swinq.train.signals import StopRequest
 from swinq.train.state import CheckpointFolder, Saved
 
-AMP_TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 CURVE_POINTS = 200  # of loss and rate, kept for the report
 FIRST_SAVE = 100  # steps, where the interval is found by itself
 SAVE_SHARE = 0.02  # of the time, that saving may then take
@@ -140,8 +140,7 @@ class _Loop:
             parallel.compile_blocks(student)
         self.captured: CapturedStages | None = None
         if settings.cuda_graphs:
-            amp = AMP_TYPES.get(settings.amp)
-            self.captured = capture_stages(student.train(), settings.batch, amp)
+            self.captured = capture_stages(student.train(), settings.batch, settings.amp)
         # sums that start from None would begin in the graphs' own memory
         self.holds_gradients = settings.cuda_graphs and settings.accumulation > 1
         if self.holds_gradients:
@@ -236,7 +235,7 @@ class _Loop:
         labels = batch.labels.to(device, non_blocking=True)
         images, targets = self.around.mixing(images, labels, batch.step, batch.number)
         distillation = self.around.distillation
-        with self._autocast():
+        with autocast(device, settings.amp):
             wanted = None if distillation is None else distillation.teach(images)
             logits = self.model(images).float()
         parts: dict[str, Tensor] = {}
@@ -245,11 +244,6 @@ class _Loop:
         if distillation is not None and wanted is not None:
             parts |= distillation.losses(logits, wanted)
         return parts
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        if self.settings.amp == "fp32":
-            return nullcontext()
-        return torch.autocast(self.around.device.type, AMP_TYPES[self.settings.amp])
 
     def _read(self, unread: _Unread) -> None:
         """Look at a step's numbers, stop at what is not finite, and show them."""

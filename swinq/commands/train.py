@@ -32,6 +32,7 @@ from swinq.quant.insert import set_int8_mode
 from swinq.quant.spec import QuantSpec
 from swinq.report.schema import TrainingPoint, TrainingSummary, ValidationPoint
 from swinq.train.distill import Distillation
+from swinq.train.graphs import can_capture
 from swinq.train.monitor import Monitor
 from swinq.train.qat import Progress, StoppedError, Surroundings, train
 from swinq.train.settings import Settings
@@ -99,9 +100,7 @@ def settings_of(config: Config, device: torch.device) -> Settings:
     qat, trained = config.QAT, config.TRAIN
     distill, ranks, on_gpu = qat.DISTILL, distributed.world_size(), device.type == "cuda"
     step = config.DATA.BATCH_SIZE * trained.ACCUMULATION_STEPS * ranks
-    compiled = qat.COMPILE == "yes" or (qat.COMPILE == "auto" and on_gpu)
-    # graphs keep what checkpointing would drop, and want weights that stay where they are
-    in_place = not trained.USE_CHECKPOINT and (qat.PARALLEL == "ddp" or ranks == 1)
+    sharded = qat.PARALLEL == "fsdp" and ranks > 1
     return Settings(
         epochs=qat.EPOCHS,
         seed=config.SEED,
@@ -121,8 +120,9 @@ def settings_of(config: Config, device: torch.device) -> Settings:
         amp=qat.AMP_TYPE if config.AMP_ENABLE and on_gpu else "fp32",
         drop_path=config.MODEL.DROP_PATH_RATE,
         checkpointing=trained.USE_CHECKPOINT,
-        compile_blocks=compiled,
-        cuda_graphs=qat.CUDA_GRAPHS and compiled and on_gpu and in_place,
+        compile_blocks=qat.COMPILE == "yes" or (qat.COMPILE == "auto" and on_gpu),
+        cuda_graphs=qat.CUDA_GRAPHS
+        and can_capture(device, checkpointing=trained.USE_CHECKPOINT, sharded=sharded),
         parallel=qat.PARALLEL,
         deterministic=qat.DETERMINISTIC,
         eval_epochs=qat.EVAL_EPOCHS,

@@ -16,7 +16,7 @@ from swinq.errors import SwinqError
 from swinq.models.architecture import Architecture
 from swinq.models.layers import SwinBase, set_drop_path
 from swinq.quant.insert import quantize_model, used_quantizers
-from swinq.train.graphs import CapturedStages, capture_stages, hold_gradients
+from swinq.train.graphs import CapturedStages, can_capture, capture_stages, hold_gradients
 from swinq.train.parallel import compile_blocks
 from swinq.train.ranges import KINDS, learn_ranges
 from tests.quant.ranges import set_ranges_to_maxima
@@ -81,7 +81,7 @@ def test_captured_stages_give_the_gradients_of_every_batch(
 ) -> None:
     plain = student_of(tiny_architecture if version == 1 else tiny_architecture_v2, device)
     captured = copy.deepcopy(plain)
-    capture_stages(captured, BATCH, None)
+    capture_stages(captured, BATCH, "fp32")
     require_same_gradients(plain, captured, device)
     with pytest.raises(ValueError, match=r"captured for \[4, 256, 32\] tokens, got \[1, "):
         captured(torch.randn(1, 3, 32, 32, device=device))
@@ -101,14 +101,14 @@ def test_compiled_blocks_can_be_captured(
     torch._dynamo.reset()
     compile_blocks(plain)
     compile_blocks(captured)
-    capture_stages(captured, BATCH, None)
+    capture_stages(captured, BATCH, "fp32")
     require_same_gradients(plain, captured, "cuda")
 
 
 def test_gradients_that_are_held_add_up(device: str, tiny_architecture: Architecture) -> None:
     """Without zeros to begin with, the second backward would write over the first one's."""
     student = student_of(tiny_architecture, device)
-    capture_stages(student, BATCH, None)
+    capture_stages(student, BATCH, "fp32")
     batches = torch.randn(2, BATCH, 3, 32, 32, device=device)
     first, second = (gradients(student, images) for images in batches)
     student.zero_grad(set_to_none=True)
@@ -126,7 +126,7 @@ def test_data_parallel_training_gets_the_gradients_of_captured_stages(
 ) -> None:
     plain = student_of(tiny_architecture, device)
     captured = copy.deepcopy(plain)
-    capture_stages(captured, BATCH, None)
+    capture_stages(captured, BATCH, "fp32")
     backend = "nccl" if device == "cuda" else "gloo"
     store = torch.distributed.HashStore()
     torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -146,7 +146,7 @@ def test_drop_path_is_drawn_anew_and_follows_the_seed(
     set_drop_path(student, 0.5)
     if compiled and device == "cuda":
         compile_blocks(student)
-    capture_stages(student, BATCH, None)
+    capture_stages(student, BATCH, "fp32")
     images = torch.randn(BATCH, 3, 32, 32, device=device)
 
     def drawn(seed: int) -> list[Tensor]:
@@ -225,7 +225,6 @@ def test_what_the_graphs_read_may_not_move(tiny_architecture: Architecture) -> N
     "changes",
     [
         {"QAT.CUDA_GRAPHS": False},
-        {"QAT.COMPILE": "no"},
         {"TRAIN.USE_CHECKPOINT": True},
     ],
 )
@@ -234,6 +233,7 @@ def test_stages_are_captured_where_that_can_work(changes: dict[str, object]) -> 
     cuda = torch.device("cuda")
     assert settings_of(told, cuda).cuda_graphs
     assert not settings_of(told, torch.device("cpu")).cuda_graphs
+    assert not can_capture(cuda, checkpointing=False, sharded=True)
     for key, value in changes.items():
         config.put(told, key, value, "test")
     assert not settings_of(told, cuda).cuda_graphs
