@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,7 +108,9 @@ class BatchLoader:
         failures: list[tuple[str, str]] = []
         checked = checked_at_first = 0
         try:
-            for images, labels, indices, failed in loader:
+            with _sigterm_blocked():  # so it is in every thread of a worker, torch's own too
+                loaded = iter(loader)
+            for images, labels, indices, failed in loaded:
                 checked += len(indices) + len(failed)
                 if failed and not failures:
                     checked_at_first = checked
@@ -128,13 +131,25 @@ class BatchLoader:
             raise unreadable(failures, checked)
 
 
+@contextmanager
+def _sigterm_blocked() -> Iterator[None]:
+    """SIGTERM waits; threads and processes that are started meanwhile inherit that."""
+    if not hasattr(signal, "sigwaitinfo"):  # not on macOS: nothing there would wait for it
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _leave_signals_to_parent(worker: int) -> None:
     """Ctrl-C and a scheduler's signals reach the whole process group; workers go on until told."""
     signal.set_wakeup_fd(-1)  # a fork shares its parent's, which would take ours for its own
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
-    if hasattr(signal, "sigwaitinfo"):  # not on macOS
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

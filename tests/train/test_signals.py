@@ -107,6 +107,16 @@ class Slow:
         pass
 
 
+@pytest.fixture
+def thread_in_each_worker() -> Iterator[None]:
+    """One that torch starts, before the worker can say anything about signals."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("thread_in_each_worker")
 @pytest.mark.parametrize("number", CODES, ids=lambda value: str(int(value)))
 def test_data_workers_outlive_a_signal_to_the_whole_group(number: int) -> None:
     with StopRequest() as stop:
