@@ -60,9 +60,11 @@ def checks(action: str, config: Config) -> dict[str, Callable[[], str]]:
         looks["model"] = lambda: _model(config)
     if weights:
         flag = "--resume" if config.MODEL.RESUME else "--pretrained"
-        looks["checkpoint"] = lambda: _checkpoint(Path(weights), flag, config.INT8.MODE)
+        looks["checkpoint"] = lambda: _checkpoint(Path(weights), flag, action, config.INT8.MODE)
     if action == "train" and config.QAT.DISTILL.TEACHER:
-        looks["teacher"] = lambda: _checkpoint(Path(config.QAT.DISTILL.TEACHER), "--teacher")
+        looks["teacher"] = lambda: _checkpoint(
+            Path(config.QAT.DISTILL.TEACHER), "--teacher", action
+        )
     if action in DATA_ACTIONS or config.DATA.DATA_PATH:
         splits = ("train", "val") if action in RANGE_ACTIONS else ("val",)
         looks["data"] = lambda: _data(config, splits, labels=action == "train")
@@ -125,8 +127,11 @@ def _model(config: Config) -> str:
     )
 
 
-def _checkpoint(path: Path, flag: str, int8_mode: int = 0) -> str:
-    """Recognises the container by its first bytes and reads its directory, no tensor."""
+def _checkpoint(path: Path, flag: str, action: str, int8_mode: int = 0) -> str:
+    """Recognises the container by its first bytes and reads its directory, no tensor.
+
+    What kind of checkpoint a PyTorch file holds shows only when it is read.
+    """
     path = _file_of(path)
     try:
         size = path.stat().st_size
@@ -145,7 +150,7 @@ def _checkpoint(path: Path, flag: str, int8_mode: int = 0) -> str:
                 )
             length = int.from_bytes(head, "little")
             if len(head) == 8 and 2 <= length <= min(MAX_HEADER_BYTES, size - 8):
-                return _safetensors(path, size, file.read(length), int8_mode)
+                return _safetensors(path, size, file.read(length), action, int8_mode)
     except OSError as error:
         raise CheckpointError(
             f"cannot read the checkpoint {path}: {error.strerror}", f"check {flag}"
@@ -181,7 +186,7 @@ def _pytorch(path: Path, size: int) -> str:
     return f"{path.name}, PyTorch, {tensors} tensors, {_megabytes(size)}"
 
 
-def _safetensors(path: Path, size: int, header: bytes, int8_mode: int) -> str:
+def _safetensors(path: Path, size: int, header: bytes, action: str, int8_mode: int) -> str:
     damaged = CheckpointError(
         f"{path} ({size} bytes) is a damaged safetensors file", "download or copy it again"
     )
@@ -196,6 +201,11 @@ def _safetensors(path: Path, size: int, header: bytes, int8_mode: int) -> str:
         raise damaged
     kind = "safetensors"
     if metadata.get("format") == "swinq-int8":
+        if action in (*RANGE_ACTIONS, "export"):
+            raise CheckpointError(
+                f"{path} is an exported INT8 checkpoint; its float weights are gone",
+                "give the float or calibrated checkpoint it was made from",
+            )
         mode = metadata.get("int8_mode", "?")
         kind = f"INT8 mode {mode}"
         if int8_mode and mode != str(int8_mode):
@@ -203,6 +213,11 @@ def _safetensors(path: Path, size: int, header: bytes, int8_mode: int) -> str:
                 f"{path} was exported with int8_mode {mode}, and --int8-mode is {int8_mode}",
                 f"use --int8-mode {mode}, or the file of the other mode",
             )
+    elif action == "export" and not any("quantizer." in name for name in entries):
+        raise CheckpointError(
+            f"{path} is not a calibrated checkpoint",
+            "calibrate it first: torchrun swinq/main.py --calib --resume FILE --data-path IMAGES",
+        )
     return f"{path.name}, {kind}, {len(entries)} tensors, {_megabytes(size)}"
 
 
@@ -220,6 +235,8 @@ def _data(config: Config, splits: tuple[str, ...], *, labels: bool) -> str:
         return f"{path.name}, one zip"
     missing = [split for split in splits if not _has_split(path, split, zip_mode)]
     if not missing:
+        for split in splits:
+            _require_classes(path, split, zip_mode)
         return f"{path}, {' and '.join(splits)}"
     if zip_mode:
         raise DataError(
@@ -241,6 +258,18 @@ def _data(config: Config, splits: tuple[str, ...], *, labels: bool) -> str:
 def _has_split(path: Path, split: str, zip_mode: bool) -> bool:
     zipped = all((path / name).is_file() for name in (f"{split}.zip", f"{split}_map.txt"))
     return zipped or (not zip_mode and (path / split).is_dir())
+
+
+def _require_classes(path: Path, split: str, zip_mode: bool) -> None:
+    """That the folder of a split, where that is what will be read, has a folder in it."""
+    folder = path / split
+    if zip_mode or not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        if not any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
+            raise DataError(
+                f"{folder} has no class folders", f"sort the images into {folder}/<class>/<image>"
+            )
 
 
 def _existing(folder: Path) -> Path:

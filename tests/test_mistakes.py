@@ -173,11 +173,23 @@ DRY_MISTAKES: dict[str, tuple[tuple[str, ...], str, str]] = {
     "an old checkpoint": (("--resume", "old.pth"), "before 1.6", "torch.save"),
     "a cut safetensors": (("--resume", "cut.safetensors"), "cut.safetensors", "again"),
     "a garbled safetensors": (("--resume", "bad.safetensors"), "bad.safetensors", "again"),
-    "the other int8 mode": (
+    "evaluating the other int8 mode": (
         ("--resume", "int8.safetensors", "--int8-mode", "2"),
         "int8_mode 1",
         "--int8-mode 1",
     ),
+    "an int8 checkpoint": (("--resume", "int8.safetensors"), "is an exported INT8", "made from"),
+    "exporting a float checkpoint": (
+        ("--resume", "float.safetensors"),
+        "float.safetensors is not a calibrated checkpoint",
+        "--calib --resume",
+    ),
+    "training with an int8 teacher": (
+        ("--teacher", "int8.safetensors"),
+        "is an exported INT8",
+        "made from",
+    ),
+    "an empty split": (("--data-path", "hollow"), "hollow/train has no class", "<class>/<image>"),
     "no data": (("--data-path", "absent"), "absent", "check the path"),
     "an empty folder": (("--data-path", "empty"), "empty has neither", "train/<class>"),
     "a zip beside": (("--data-path", "zips"), "zips has neither", "zips/some.zip"),
@@ -217,6 +229,8 @@ def test_a_dry_run_names_what_is_wrong_with_the_machine(
     if "/proc/swinq" in argv and sys.platform != "linux":
         pytest.skip("wants a folder that even root cannot write to")
     (folder / "empty").mkdir()
+    (folder / "hollow" / "train").mkdir(parents=True)
+    (folder / "hollow" / "val").mkdir()
     (folder / "zips").mkdir()
     (folder / "zips" / "some.zip").write_bytes(b"")
     (folder / "old.pth").write_bytes(b"\x80\x02}q\x00.")
@@ -225,12 +239,14 @@ def test_a_dry_run_names_what_is_wrong_with_the_machine(
     safetensors(folder / "cut.safetensors", {}, cut=3)
     (folder / "bad.safetensors").write_bytes(struct.pack("<Q", 4) + b"{{{{")
     safetensors(folder / "int8.safetensors", {"format": "swinq-int8", "int8_mode": "1"})
+    safetensors(folder / "float.safetensors", {})
     with zipfile.ZipFile(folder / "large.pth", "w") as archive:
         archive.writestr("model/data.pkl", bytes(30_000_000))
     free = {"a full disk": 10**6, "training on a full disk": 200 * 10**6}.get(mistake)
     if free:
         monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    action = "--train" if mistake.startswith("training") else "--calib"
+    actions = {"training": "--train", "exporting": "--export", "evaluating": "--eval"}
+    action = actions.get(mistake.partition(" ")[0], "--calib")
     given = dict(zip(READY[1::2], READY[2::2], strict=True))
     rest = [word for flag, text in given.items() if flag not in argv for word in (flag, text)]
     before = sorted(folder.rglob("*"))

@@ -119,6 +119,22 @@ class Session:
         """Where the calibrated checkpoint goes."""
         return self.checkpoints / f"{self.name}_calib.safetensors"
 
+    def spare_what_is_read(self, written: Path) -> None:
+        """Refuse to write over the checkpoint that a run starts from, or its teacher.
+
+        Raises:
+            ConfigError: `written` is one of them.
+        """
+        start, teacher = weights_of(self.config), self.config.QAT.DISTILL.TEACHER
+        for flag, path in (("--resume", start), ("--teacher", teacher)):
+            if path and Path(path).resolve() == written.resolve():
+                raise ConfigError(
+                    f"{flag} {path} is the file that this run would write: it could not be "
+                    "repeated",
+                    "choose another with --tag NAME, --output or --calib-output-path, or copy it "
+                    "first",
+                )
+
     def transform(self, model: Any) -> EvalTransform:
         """The evaluation transform: what the model's file records, or the configuration says.
 

@@ -50,7 +50,7 @@ def run(config: Config) -> int:
     if config.QAT.DETERMINISTIC:
         _require_determinism()
     session = Session.open(config, "train")
-    _spare_what_is_read(session)
+    session.spare_what_is_read(session.trained_path())
     given = load_model(session)
     if isinstance(given, IntegerModel):
         raise ConfigError(
@@ -140,17 +140,6 @@ def _require_determinism() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-
-
-def _spare_what_is_read(session: Session) -> None:
-    """Refuse to write over the checkpoint that the job starts from, or its teacher."""
-    start, teacher = weights_of(session.config), session.config.QAT.DISTILL.TEACHER
-    for flag, path in (("--resume", start), ("--teacher", teacher)):
-        if path and Path(path).resolve() == session.trained_path().resolve():
-            raise ConfigError(
-                f"{flag} {path} is the file that this job would write: it could not be resumed",
-                "choose another with --tag NAME, --output or --calib-output-path, or copy it first",
-            )
 
 
 def _require_own_ranges(config: Config) -> None:

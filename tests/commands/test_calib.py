@@ -364,6 +364,15 @@ def test_int8_checkpoint_cannot_be_calibrated(demo: Demo, tmp_path: Path) -> Non
     assert "the float checkpoint it was made from" in message
 
 
+def test_a_calibrated_file_is_not_calibrated_over_itself(demo: Demo, tmp_path: Path) -> None:
+    file = Path(shutil.copy(demo.checkpoint("calib"), tmp_path))
+    before = file.read_bytes()
+    again = ("--calib", "--resume", file, "--data-path", "digits", "--calib-output-path", tmp_path)
+    message = refused(*again, "--output", tmp_path / "results")
+    assert f"--resume {file} is the file that this run would write" in message
+    assert "--tag NAME" in message and file.read_bytes() == before
+
+
 def test_float_weights_of_the_calibrated_file_are_the_ones_it_was_given(demo: Demo) -> None:
     calibrated, given = tensors_of(demo.checkpoint("calib")), tensors_of(CHECKPOINT)
     assert all(torch.equal(calibrated[name], given[name]) for name in given)

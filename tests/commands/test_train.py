@@ -112,7 +112,7 @@ def test_a_calibrated_checkpoint_is_not_told_how_to_find_ranges(
 def test_what_a_job_reads_is_not_what_it_writes(trained: Path, tmp_path: Path) -> None:
     start = ("--resume", trained / TRAINED, "--calib-output-path", trained, "--output", tmp_path)
     message = refused(*FINETUNE, *start)
-    assert f"--resume {trained / TRAINED} is the file that this job would write" in message
+    assert f"--resume {trained / TRAINED} is the file that this run would write" in message
     teacher = ("--teacher", trained / TRAINED, "--calib-output-path", trained)
     assert "--teacher " in refused(*FINETUNE, *teacher, "--output", tmp_path)
 
