@@ -170,21 +170,27 @@ def layer_verdicts(report: Report) -> list[Verdict]:
     """Channels that noise drowns, layers where it drowns most, and what the sweep advises."""
     verdicts = []
     errors = report.layer_errors
+    # errors are against the float model from before training, which changed layers on purpose
+    job = report.training
+    trained = job is not None and (job.best_step > 0 or not job.validations)
+    level: Level = "note" if trained else "warning"
+    noise = "What rounding and training changed" if trained else "Noise"
     if dead := [row for row in errors if row.dead_channels]:
         worst = max(dead, key=lambda row: row.dead_channels)
         text = (
-            f"Noise drowns {count(sum(row.dead_channels for row in dead), 'output channel')} in "
+            f"{noise} drowns {count(sum(row.dead_channels for row in dead), 'output channel')} in "
             f"{count(len(dead), 'layer')}, most in {worst.layer}: {worst.dead_channels} of "
             f"{worst.channels}, though its total is {worst.total:.1f} dB."
         )
-        verdicts.append(Verdict("layers", "warning", text))
+        verdicts.append(Verdict("layers", level, text))
     if drowned := [row for row in errors if row.median < DROWNED_DB]:
         worst = min(drowned, key=lambda row: row.median)
         text = (
             f"{count(len(drowned), 'layer')} with a median channel under {DROWNED_DB:.0f} dB, "
-            f"the worst {worst.layer} with {worst.median:.1f} dB."
+            f"the worst {worst.layer} with {worst.median:.1f} dB"
+            + (", what training changed included." if trained else ".")
         )
-        verdicts.append(Verdict("layers", "warning", text))
+        verdicts.append(Verdict("layers", level, text))
     suggestion = report.sensitivity.suggestion if report.sensitivity else None
     if suggestion:
         text = suggestion.reason[:1].upper() + suggestion.reason[1:] + "."

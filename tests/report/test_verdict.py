@@ -128,6 +128,20 @@ def test_a_layer_whose_usual_channel_is_noise_is_named() -> None:
     assert texts == [f"1 layer with a median channel under 10 dB, the worst {name} with 7.2 dB."]
 
 
+@pytest.mark.parametrize("best", [0, 40])
+def test_what_training_changed_is_not_blamed_on_rounding(best: int) -> None:
+    report = trained_report()
+    assert report.training is not None
+    report.training.best_step = best  # 0: what was calibrated is exported
+    for row in report.layer_errors:
+        row.dead_channels = 0
+    report.layer_errors[2].dead_channels, report.layer_errors[2].median = 3, 7.25
+    drowned, worst, *_ = (row for row in judge(report) if row.subject == "layers")
+    assert drowned.text.startswith("What rounding and training changed" if best else "Noise drowns")
+    assert ("training changed" in worst.text) == bool(best)
+    assert drowned.level == worst.level == ("note" if best else "warning")
+
+
 def test_a_comparison_of_no_images_is_no_good_news() -> None:
     row = int8(500, 3, 3)
     assert row.comparison is not None
