@@ -1,6 +1,7 @@
 """--eval: the right transform, every kind of checkpoint, and contradictions named."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,11 @@ import yaml
 
 import swinq
 from swinq import cli
+from swinq.data.datasets import open_dataset
+from swinq.data.sampling import calibration_indices
+from swinq.data.transforms import eval_transform
 from swinq.demo.checkpoint import CHECKPOINT
+from swinq.evaluate import evaluate
 from swinq.flags import parse
 from swinq.models.build import build_model
 from swinq.preflight import architecture
@@ -231,6 +236,24 @@ def test_a_sample_of_the_images_is_the_same_one_each_time(demo: Demo, tmp_path: 
     second = done(*argv, "--output", tmp_path / "2", "--batch-size", "7")
     assert first.row("INT8 mode 1") == second.row("INT8 mode 1")
     assert first.row("INT8 mode 1")[0] == "40"
+
+
+def test_a_sample_is_drawn_from_all_images_by_the_seed(tmp_path: Path) -> None:
+    argv = ("--eval", "--resume", CHECKPOINT, "--data-path", "fake:400", "--workers", "0")
+    done(*argv, "--eval-images", "60", "--seed", "3", "--output", tmp_path)
+    found = results(tmp_path, CHECKPOINT.stem)["float"]
+    model = swinq.load(CHECKPOINT)
+    images = open_dataset("fake:400", "val", eval_transform("squash", 32), num_classes=10)
+
+    def right(indices: Sequence[int]) -> tuple[float, float]:
+        run = evaluate(model, images, batch_size=20, device="cpu", indices=indices)
+        scores = run.scores()
+        return scores.top1_percent, scores.top5_percent
+
+    drawn = (found["top1_percent"], found["top5_percent"])
+    assert drawn == right(calibration_indices(400, 60, 3))
+    assert drawn != right(range(60))  # nor would these do
+    assert drawn != right(calibration_indices(400, 60, 0))
 
 
 def test_faster_transformers_own_file_is_evaluated_under_its_recipe(tmp_path: Path) -> None:
