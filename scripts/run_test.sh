@@ -15,6 +15,7 @@ stop() {
 }
 
 version="${1:-}" form="${2:-}" batch="${3:-}"
+(($# <= 3)) || stop "'$4' is one argument too many" "give one number of images: <batch>" 2
 [[ "$batch" =~ ^[1-9][0-9]*$ ]] || stop "batch is '$batch'" "give the number of images: <batch>" 2
 case "$version" in
     1) models=("0 7 224" "1 7 224" "2 7 224" "2 12 384" "3 7 224" "3 12 384") ;;
@@ -31,12 +32,15 @@ path="${SWINQ_PROGRAMS:-build/kernels}/$program"
 [[ -x "$path" ]] || stop "there is no $path" "bash scripts/build_kernels.sh"
 
 sizes=(T S B L)
+wanted="${SWINQ_MODELS:-T S B L}"
+[[ "$wanted" =~ ^[TSBL](\ [TSBL])*$ ]] ||
+    stop "SWINQ_MODELS is '$wanted'" "give first letters, such as 'T S'" 2
 failed=0
 printf '| model | window | image | batch | numbers | ms | images/s |\n'
 printf '|---|---|---|---|---|---|---|\n'
 for model in "${models[@]}"; do
     read -r size window image <<<"$model"
-    [[ "${SWINQ_MODELS:-T S B L}" == *"${sizes[$size]}"* ]] || continue
+    [[ "$wanted" == *"${sizes[$size]}"* ]] || continue
     for kind in "${kinds[@]}"; do
         row="Swin-${sizes[$size]} v$version | $window | $image | $batch | ${kind#* }"
         arguments=("$version" "${kind%% *}" "$size" "$window" "$image" "$batch")

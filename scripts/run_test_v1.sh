@@ -4,4 +4,4 @@
 #   bash scripts/run_test_v1.sh 32
 #
 # Variables: see run_test.sh.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_test.sh" 1 float "${1:-}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run_test.sh" 1 float "$@"

@@ -4,4 +4,4 @@
 #   bash scripts/run_test_v1_int8.sh 32
 #
 # Variables: see run_test.sh.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_test.sh" 1 int8 "${1:-}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run_test.sh" 1 int8 "$@"

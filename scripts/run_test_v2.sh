@@ -4,4 +4,4 @@
 #   bash scripts/run_test_v2.sh 32
 #
 # Variables: see run_test.sh.
-exec bash "$(dirname "${BASH_SOURCE[0]}")/run_test.sh" 2 float "${1:-}"
+exec bash "$(dirname "${BASH_SOURCE[0]}")/run_test.sh" 2 float "$@"

@@ -81,7 +81,8 @@ def load(
 
     Raises:
         CheckpointError: the file is missing, damaged, incomplete or of another architecture.
-        EngineError: the engine is "cuda", and libswinq or a GPU for it is missing.
+        ConfigError: there is no such engine or device.
+        EngineError: the engine is "cuda", and libswinq is missing or cannot run there.
     """
     if is_int8_checkpoint(path):
         return choice.load(path, architecture=architecture, device=device, engine=engine)

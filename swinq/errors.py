@@ -42,3 +42,7 @@ class ExportError(SwinqError):
 
 class EngineError(SwinqError):
     """libswinq that is missing or cannot be loaded, a GPU it has no kernels for, a failed call."""
+
+
+class EngineFailedError(EngineError):
+    """A call of libswinq that its GPU could not do: no memory, or a fault of the CUDA runtime."""

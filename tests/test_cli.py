@@ -30,8 +30,8 @@ def resolved(*argv: str) -> Config:
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty working folder with images and something that looks like a checkpoint."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "images" / "val").mkdir(parents=True)
-    (tmp_path / "images" / "train").mkdir()
+    for split in ("train", "val"):
+        (tmp_path / "images" / split / "cat").mkdir(parents=True)
     with zipfile.ZipFile(tmp_path / "model.pth", "w") as archive:
         archive.writestr("model/data.pkl", b"")
     return tmp_path

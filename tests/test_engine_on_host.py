@@ -8,6 +8,7 @@ import ctypes
 import itertools
 import random
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from swinq.export.format import allowed_precisions, encode, layers
 from swinq.export.integrity import digests
 from swinq.export.plain import collect_plain
 from swinq.int8 import abi
-from swinq.int8.library import Library
+from swinq.int8 import device as devices
+from swinq.int8.engine import CudaSwin
+from swinq.int8.library import VARIABLE, Library
 from swinq.int8.model import Int8Swin
 from swinq.int8.plan import Weights, _model
 from swinq.models.architecture import Architecture
@@ -194,6 +197,31 @@ def test_an_image_has_the_same_logits_in_any_batch(library: Library) -> None:
         together = forward(library, plan, images, arch.num_classes)
         alone = [forward(library, plan, x[None].contiguous(), arch.num_classes) for x in images]
     assert torch.equal(together, torch.cat(alone))
+
+
+class OnHost(CudaSwin):
+    """The engine with workspaces that are aligned as those of a GPU are."""
+
+    def _workspace(self, size: int, keep: bool) -> Tensor:
+        made = super()._workspace(size + 256, keep)
+        return made[-made.data_ptr() % 256 :]
+
+
+def test_threads_that_share_a_stream_do_not_mix(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(library.path))
+    monkeypatch.setattr(devices, "require", lambda device: torch.device("cpu"))
+    model = OnHost(made_checkpoint(ARCHITECTURES["v1"]))
+    torch.manual_seed(0)
+    batches = [torch.randn(2, 3, 32, 32) for _ in range(4)]
+    wanted = [model(batch) for batch in batches]
+
+    def run(which: int) -> bool:
+        return all(torch.equal(model(batches[which]), wanted[which]) for _ in range(10))
+
+    with ThreadPoolExecutor(len(batches)) as pool:
+        assert all(pool.map(run, range(len(batches))))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -372,6 +400,11 @@ def test_a_plan_names_what_is_wrong_with_a_model(library: Library) -> None:
     refused("version is 3", version=3)
     refused("stages is 9; it must be at most 8", stages=9)
     refused("img_size 33 is not a multiple", img_size=33)
+    refused("stage 0 has 512 windows across", made_architecture(1, img_size=1024, window_size=1))
+    wide = made_architecture(1, img_size=64, patch_size=16, embed_dim=192, num_heads=(6, 12))
+    refused("patch_size 16 with embed_dim 192 wants 294912 bytes of shared memory", wide)
+    wide = made_architecture(1, img_size=600, window_size=150)
+    refused("window_size 150 wants 270000 bytes of shared memory a block, the GPU has", wide)
     refused("window_size 5 does not divide", window_size=5)
     refused("far more than", depths=(ctypes.c_int32 * 8)(1 << 19, 1 << 19))
     refused(

@@ -226,6 +226,26 @@ def test_slurm_training_that_fails_is_not_queued_again(checkout: Path) -> None:
     assert ran.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("arguments", "models", "words"),
+    [
+        ((), "T", "batch is ''"),
+        (("many",), "T", "batch is 'many'"),
+        (("1", "32"), "T", "'32' is one argument too many"),
+        (("1",), "tiny", "SWINQ_MODELS is 'tiny'"),
+    ],
+)
+def test_a_table_of_times_refuses_what_it_would_ignore(
+    checkout: Path, arguments: tuple[str, ...], models: str, words: str
+) -> None:
+    timed = "#!/bin/sh\necho SWINQ-CPP-time 2 ms\n"
+    program(checkout / "build" / "kernels" / "swin_example", timed)
+    ran = run(checkout, "run_test_v1.sh", *arguments, SWINQ_MODELS=models)
+    assert ran.returncode == 2 and words in ran.stderr and "fix: " in ran.stderr
+    right = run(checkout, "run_test_v1.sh", "1", SWINQ_MODELS="T")
+    assert right.stdout.count("| 2.000 | 500 |") == 2
+
+
 def test_tests_are_linted_typed_and_covered(checkout: Path) -> None:
     for name in ("ruff", "mypy"):
         program(checkout / ".venv" / "bin" / name)

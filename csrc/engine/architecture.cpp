@@ -13,6 +13,7 @@ constexpr int kChannelStep = 16;          // 16 bytes of int8 codes: what kernel
 constexpr int kMostChannels = 1536;       // of a stage: what the rows of norms hold
 constexpr int kMostEmbedDim = 256;        // what patch embedding holds
 constexpr int kMostPatchPixels = 1 << 16;
+constexpr int kMostWindowsAcross = 255;  // of an image: their square is a limit of the grid
 
 void require_between(const char* name, int64_t value, int64_t low, int64_t high) {
     if (value < low) {
@@ -83,6 +84,12 @@ void validate_stage(const swinq_architecture& a, int index) {
         refuse(text("window_size ", a.window_size, " does not divide the resolution ", resolution,
                     " of ", where, " (img_size ", a.img_size, ")"),
                img_size_fix(a));
+    }
+    if (resolution / window > kMostWindowsAcross) {
+        fail(Error::kUnsupported,
+             text(where, " has ", resolution / window, " windows across; kernels exist for up to ",
+                  kMostWindowsAcross),
+             "use smaller images or larger windows, or run it on the CPU");
     }
     if (index + 1 < a.stages && resolution % 2 != 0) {
         refuse(text(where, " has resolution ", resolution,

@@ -226,9 +226,7 @@ swinq_status swinq_tile_cache_add(int device, const swinq_tuned_gemm* gemms, siz
         require_pointer("gemms", gemms);
         require_device(device);
         DeviceGuard guard(device);
-        const std::string gpu = device_name(device), path = tile_cache_path(gpu);
-        Tiles tiles = tiles_of(gemms, count);
-        tiles.merge(read_tiles(path, gpu));  // what was measured now comes first
-        write_tiles(path, gpu, tiles);
+        const std::string gpu = device_name(device);
+        add_tiles(tile_cache_path(gpu), gpu, tiles_of(gemms, count));
     });
 }

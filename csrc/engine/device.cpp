@@ -81,6 +81,13 @@ int multiprocessors() {
                      [](int device) { return attribute(cudaDevAttrMultiProcessorCount, device); });
 }
 
+int shared_memory_limit() {
+    static std::array<std::atomic<int>, kMostDevices> known;
+    return read_once(known, [](int device) {
+        return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    });
+}
+
 void allow_shared_memory(const void* kernel, int bytes) {
     static std::mutex mutex;
     static std::map<std::pair<const void*, int>, int> allowed;
@@ -90,7 +97,7 @@ void allow_shared_memory(const void* kernel, int bytes) {
     if (bytes <= most) {
         return;
     }
-    const int limit = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    const int limit = shared_memory_limit();
     if (bytes > limit) {
         fail(Error::kUnsupported,
              text("a kernel wants ", bytes, " bytes of shared memory a block, the GPU has ", limit),

@@ -58,6 +58,8 @@ std::unique_ptr<Plan> make_plan(const swinq_model& source, const swinq_plan_opti
     build_steps(model, options, arena, *plan);
     check_cuda(cudaMemcpy(memory, host.data(), bytes, cudaMemcpyHostToDevice),
                "copying the weights");
+    // the copy may return before its last bytes are there, and other streams would not wait for it
+    check_cuda(cudaStreamSynchronize(nullptr), "copying the weights");
     if (options.use_tile_cache != 0) {
         plan->tiles = usable_tiles(
             *plan, read_tiles(tile_cache_path(device_name(device)), device_name(device)));

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <string>
 
+#include "engine/error.h"
 #include "engine/linears.h"
 #include "engine/plan.h"
 #include "engine/weights.h"
@@ -59,6 +60,9 @@ class StepBuilder {
         p.img_size = a.img_size;
         p.patch_size = a.patch_size;
         p.channels = a.embed_dim;
+        require_shared_memory(patch_embed_shared_bytes(p),
+                              text("patch_size ", a.patch_size, " with embed_dim ", a.embed_dim),
+                              "use smaller patches or a narrower model");
         const int64_t values = model_.stages().front().tokens() * a.embed_dim;
         need(Buffer::kStatus, sizeof(int32_t));
         need(Buffer::kStream, values * size_of(stream_));
@@ -266,6 +270,8 @@ class StepBuilder {
         a.window = stage.window;
         a.shift = block % 2 != 0 ? stage.shift : 0;
         a.heads = stage.heads;
+        require_shared_memory(attention_shared_bytes(a), text("window_size ", stage.window),
+                              "use a smaller window, or fp32 throughout");
         need(Buffer::kNarrow, stage.tokens() * proj.k * size_of(proj.type));
         plan_.steps.emplace_back(AttentionStep{a});
     }
@@ -292,6 +298,18 @@ class StepBuilder {
     }
 
     // ---- parts ----
+
+    // A plan is refused here, before a forward has begun that could not end.
+    static void require_shared_memory(int64_t bytes, const std::string& what,
+                                      const std::string& fix) {
+        const int limit = shared_memory_limit();
+        if (bytes > limit) {
+            fail(Error::kUnsupported,
+                 text(what, " wants ", bytes, " bytes of shared memory a block, the GPU has ",
+                      limit),
+                 fix + ", or run it on the CPU");
+        }
+    }
 
     static std::string qkv_name(int stage, int block) {
         return block_name(stage, block) + ".attn.qkv";

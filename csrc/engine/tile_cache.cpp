@@ -7,7 +7,10 @@
 //     digest 0123456789abcdef                                        (FNV-1a of all lines before)
 #include "engine/tile_cache.h"
 
+#include <fcntl.h>
+#include <sys/file.h>
 #include <unistd.h>
+
 #include <cctype>
 #include <cerrno>
 #include <cstdio>
@@ -74,9 +77,33 @@ bool parse_line(const std::string& line, Tiles& tiles) {
            "make its folder writable, or name another in SWINQ_CACHE_DIR");
 }
 
+// Held by one thread of one process on this machine or, where the file system passes locks on, of
+// all that share it.
+class Lock {
+  public:
+    explicit Lock(const std::string& path) : file_(open(path.c_str(), O_RDWR | O_CREAT, 0666)) {
+        if (file_ < 0) {
+            fail_to_write(path, errno);
+        }
+        while (flock(file_, LOCK_EX) != 0) {
+            if (errno != EINTR) {
+                const int error = errno;
+                close(file_);
+                fail_to_write(path, error);
+            }
+        }
+    }
+    Lock(const Lock&) = delete;
+    Lock& operator=(const Lock&) = delete;
+    ~Lock() { close(file_); }
+
+  private:
+    const int file_;
+};
+
 // A new file beside the final one, complete and on the disk.
 void write_file(const std::string& path, const std::string& content) {
-    std::FILE* file = std::fopen(path.c_str(), "wx");
+    std::FILE* file = std::fopen(path.c_str(), "w");
     if (file == nullptr) {
         fail_to_write(path, errno);
     }
@@ -168,7 +195,7 @@ Tiles read_tiles(const std::string& path, const std::string& gpu) {
     return parse_tiles(content, gpu);
 }
 
-void write_tiles(const std::string& path, const std::string& gpu, const Tiles& tiles) {
+void add_tiles(const std::string& path, const std::string& gpu, const Tiles& tiles) {
     if (path.empty()) {
         refuse("no folder for the tile cache: SWINQ_CACHE_DIR, XDG_CACHE_HOME and HOME are not set",
                "name one in SWINQ_CACHE_DIR");
@@ -178,9 +205,11 @@ void write_tiles(const std::string& path, const std::string& gpu, const Tiles& t
     if (error) {
         fail_to_write(path, error.value());
     }
-    const std::string partial = text(path, ".", getpid(), ".partial");
-    std::remove(partial.c_str());  // of a process of this number that was killed
-    write_file(partial, format_tiles(gpu, tiles));
+    const Lock lock(path + ".lock");
+    Tiles all = tiles;
+    all.merge(read_tiles(path, gpu));  // keeps what is new where both have a GEMM
+    const std::string partial = path + ".partial";
+    write_file(partial, format_tiles(gpu, all));
     fs::rename(partial, path, error);
     if (error) {
         std::remove(partial.c_str());

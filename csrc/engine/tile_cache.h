@@ -28,12 +28,13 @@ bool exists(const GemmTile& tile, const GemmArguments& arguments);
 // Where the tiles of such a GPU are kept; "" if the environment names no folder.
 std::string tile_cache_path(const std::string& gpu);
 
-// The file's tiles; none if there is no file, or it is not wholly what write_tiles() wrote for this
+// The file's tiles; none if there is no file, or it is not wholly what add_tiles() wrote for this
 // GPU.
 Tiles read_tiles(const std::string& path, const std::string& gpu);
 
-// Replaces the file in one step; makes its folder if need be.
-void write_tiles(const std::string& path, const std::string& gpu, const Tiles& tiles);
+// Adds tiles to the file, in place of others for the same GEMMs; makes its folder if need be. The
+// file is replaced in one step, and no other process adds meanwhile.
+void add_tiles(const std::string& path, const std::string& gpu, const Tiles& tiles);
 
 // The text of the file, and what a text says; none of it if anything is amiss.
 std::string format_tiles(const std::string& gpu, const Tiles& tiles);

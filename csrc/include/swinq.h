@@ -121,9 +121,9 @@ SWINQ_API swinq_status swinq_weight_bytes(const swinq_plan* plan, size_t* bytes)
 SWINQ_API swinq_status swinq_launch_count(const swinq_plan* plan, int* launches);
 
 /* Logits of a batch. Device memory: images (batch, in_chans, img_size, img_size) of image_type half
- * or float, 16-byte aligned; logits (batch, num_classes) fp32; workspace 256-byte aligned. An image
- * on which anything but a finite number appeared gets NaN logits. Batch 0 is allowed and does
- * nothing. */
+ * or float and logits (batch, num_classes) fp32, both 16-byte aligned; workspace 256-byte aligned.
+ * An image on which anything but a finite number appeared gets NaN logits. Batch 0 is allowed and
+ * does nothing. */
 SWINQ_API swinq_status swinq_forward(const swinq_plan* plan, const void* images,
                                      swinq_type image_type, int batch, float* logits,
                                      void* workspace, size_t workspace_bytes, void* stream);

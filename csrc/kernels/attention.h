@@ -24,6 +24,9 @@ struct AttentionArguments {
 
 void attention(const AttentionArguments& arguments, cudaStream_t stream);
 
+// Dynamic shared memory that its kernel cannot do without, in bytes of a block.
+int64_t attention_shared_bytes(const AttentionArguments& arguments);
+
 // Host side, at plan time: floats that expand_bias() writes (0 where the kernel reads the table
 // itself), and the expansion of a table (heads, (2 * window - 1)^2) into the kernel's own order.
 int64_t expanded_bias_size(int window, int heads);

@@ -153,7 +153,15 @@ __global__ void __launch_bounds__(kMaxAttentionWarps* kWarp)
     check.report(a.status, image);
 }
 
+int64_t window_table_bytes(int window) {
+    return int64_t{window} * window * 3 * static_cast<int64_t>(sizeof(int));
+}
+
 }  // namespace
+
+int64_t attention_shared_bytes(const AttentionArguments& a) {
+    return a.type == Type::kFloat || is_small_window(a.window) ? 0 : window_table_bytes(a.window);
+}
 
 void attention_generic(const AttentionArguments& a, cudaStream_t stream) {
     const int count = a.window * a.window;
@@ -161,7 +169,7 @@ void attention_generic(const AttentionArguments& a, cudaStream_t stream) {
     const int warps = std::min(tiles, kMaxAttentionWarps);
     const dim3 grid(a.batch * a.heads, window_count(a),
                     static_cast<unsigned>(ceil_div(tiles, warps)));
-    const int bytes = count * 3 * static_cast<int>(sizeof(int));
+    const auto bytes = static_cast<int>(window_table_bytes(a.window));
     auto kernel = a.type == Type::kInt8 ? attention_generic_kernel<Type::kInt8>
                                         : attention_generic_kernel<Type::kHalf>;
     launch(kernel, grid, dim3(warps * 32), bytes, stream, a);

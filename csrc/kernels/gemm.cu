@@ -28,7 +28,9 @@ std::string text(const GemmArguments& g) {
 }
 
 void require(bool holds, const GemmArguments& g, const std::string& what) {
-    if (!holds) throw Error(Error::kInvalidArgument, "gemm (" + text(g) + "): " + what);
+    if (holds) return;
+    throw Error(Error::kInvalidArgument,
+                "gemm (" + text(g) + "): " + what + "\n  fix: see swinq_gemm_arguments in swinq.h");
 }
 
 bool aligned(const void* pointer) {
@@ -90,14 +92,16 @@ double expected_time(const GemmArguments& g, const GemmTile& tile) {
                                          ", activation " +
                                          std::to_string(static_cast<int>(g.activation)) +
                                          ", output " + std::to_string(static_cast<int>(g.output)) +
-                                         ", stream " + std::to_string(static_cast<int>(g.stream)));
+                                         ", stream " + std::to_string(static_cast<int>(g.stream)) +
+                                         "\n  fix: use one that csrc/NUMERICS.md lists");
 }
 
 [[noreturn]] void refuse_tile(const GemmArguments& g, const GemmTile& tile) {
-    throw Error(Error::kInvalidArgument,
-                "gemm (" + text(g) + "): no tile " + std::to_string(tile.rows) + " x " +
-                    std::to_string(tile.columns) + " of instruction " +
-                    std::to_string(tile.instruction) + " here; list_tiles() gives those there are");
+    throw Error(Error::kInvalidArgument, "gemm (" + text(g) + "): no tile " +
+                                             std::to_string(tile.rows) + " x " +
+                                             std::to_string(tile.columns) + " of instruction " +
+                                             std::to_string(tile.instruction) +
+                                             " here\n  fix: take one that swinq_gemm_tiles gives");
 }
 
 int list_tiles(const GemmArguments& g, GemmTile* tiles, int capacity) {

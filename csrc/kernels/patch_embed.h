@@ -22,6 +22,9 @@ struct PatchEmbedArguments {
     int batch, in_chans, img_size, patch_size, channels;
 };
 
+// Dynamic shared memory that its kernel wants of a block, in bytes; what it is for must be set.
+int64_t patch_embed_shared_bytes(const PatchEmbedArguments& arguments);
+
 // Enqueues one or two kernels: `status` is cleared before it is set.
 void patch_embed(const PatchEmbedArguments& arguments, cudaStream_t stream);
 

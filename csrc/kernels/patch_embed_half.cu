@@ -268,26 +268,40 @@ void launch_kernel(const PatchEmbedArguments& a, cudaStream_t stream) {
            geometry, layout);
 }
 
+bool has_neighbours(const PatchEmbedArguments& a) {
+    return a.patch_size % 4 == 0;
+}
+
+// Groups of channels of the kernel that takes them all.
+int groups_of(const PatchEmbedArguments& a) {
+    if (!has_neighbours(a)) return 8;
+    const auto groups = static_cast<int>(ceil_div(a.channels, kGroup));
+    return groups <= 2 ? 2 : groups <= 4 ? groups : groups <= 6 ? 6 : 8;
+}
+
 template <typename Pixel>
 void dispatch(const PatchEmbedArguments& a, cudaStream_t stream) {
-    if (a.patch_size % 4 != 0) return launch_kernel<Pixel, 8, false>(a, stream);
-    switch (ceil_div(a.channels, kGroup)) {
-        case 1:
+    switch (groups_of(a)) {
         case 2:
             return launch_kernel<Pixel, 2, true>(a, stream);
         case 3:
             return launch_kernel<Pixel, 3, true>(a, stream);
         case 4:
             return launch_kernel<Pixel, 4, true>(a, stream);
-        case 5:
         case 6:
             return launch_kernel<Pixel, 6, true>(a, stream);
         default:
-            return launch_kernel<Pixel, 8, true>(a, stream);
+            return has_neighbours(a) ? launch_kernel<Pixel, 8, true>(a, stream)
+                                     : launch_kernel<Pixel, 8, false>(a, stream);
     }
 }
 
 }  // namespace
+
+int64_t patch_embed_shared_bytes(const PatchEmbedArguments& a) {
+    if (a.stream == Type::kFloat) return 0;
+    return SharedLayout(a.in_chans * a.patch_size * a.patch_size, groups_of(a)).bytes();
+}
 
 void patch_embed_half(const PatchEmbedArguments& a, cudaStream_t stream) {
     (a.image_type == Type::kHalf ? dispatch<__half> : dispatch<float>)(a, stream);

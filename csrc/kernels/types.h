@@ -35,6 +35,9 @@ int compute_capability();
 // Multiprocessors of the current device; read once a device.
 int multiprocessors();
 
+// Bytes of shared memory that a block of the current device may have; read once a device.
+int shared_memory_limit();
+
 // Raises a kernel's dynamic shared memory limit to `bytes`; throws if the device has less.
 void allow_shared_memory(const void* kernel, int bytes);
 

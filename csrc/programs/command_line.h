@@ -4,6 +4,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstdlib>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -58,6 +59,9 @@ int run_main(const char* usage, Body body) {
     } catch (const UsageError& error) {
         std::fprintf(stderr, "error: %s\n%s", error.what(), usage);
         return 2;
+    } catch (const std::bad_alloc&) {
+        std::fprintf(stderr, "error: out of host memory\n  fix: use a smaller batch\n");
+        return 1;
     } catch (const std::exception& error) {
         std::fprintf(stderr, "error: %s\n", error.what());
         return 1;

@@ -3,10 +3,12 @@
 
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <memory>
+#include <utility>
 
 #include "timing.h"
 
@@ -66,14 +68,33 @@ Plan plan_from_file(const Example& example) {
     require("version", found.version, asked.version);
     require("img_size", found.img_size, asked.img_size);
     require("window_size", found.window_size, asked.window_size);
+    require("in_chans", found.in_chans, asked.in_chans);
+    require("patch_size", found.patch_size, asked.patch_size);
     require("embed_dim", found.embed_dim, asked.embed_dim);
-    require("the depth of stage 2", found.depths[2], asked.depths[2]);
+    require("stages", found.stages, asked.stages);
+    for (int i = 0; i < asked.stages; ++i) {
+        const std::string stage = " of stage " + std::to_string(i);
+        require(("depth" + stage).c_str(), found.depths[i], asked.depths[i]);
+        require(("num_heads" + stage).c_str(), found.num_heads[i], asked.num_heads[i]);
+    }
     if (mode == 0 && (example.numbers == Numbers::kFloat || computes_in_int8(plan.get()))) {
         throw std::runtime_error(example.checkpoint + ": not a file of " +
                                  name_of(example.numbers) +
                                  " layers\n  fix: run swin_int8_example on it");
     }
     return plan;
+}
+
+// Refuses a batch before its images are made, which the host's memory might not hold either.
+void require_memory(const Plan& plan, int batch) {
+    size_t wanted = 0, free = 0, total = 0;
+    check(swinq_workspace_size(plan.get(), batch, &wanted));
+    check(cudaMemGetInfo(&free, &total), "cudaMemGetInfo");
+    if (wanted <= free) return;
+    throw std::runtime_error("a batch of " + std::to_string(batch) + " wants " +
+                             std::to_string(wanted >> 20) + " MiB of GPU memory, " +
+                             std::to_string(free >> 20) +
+                             " MiB are free\n  fix: use a smaller batch");
 }
 
 // A plan with room for `batch` images and one more, the last being the first again.
@@ -220,12 +241,12 @@ int run_example(const Example& example) {
     const int batch = example.batch, side = example.img_size;
     const bool made_up = example.checkpoint.empty(), in_fp32 = example.numbers == Numbers::kFloat;
 
+    Plan plan = made_up ? made_up_plan(example, example.numbers) : plan_from_file(example);
+    require_memory(plan, batch + 1);
     const int64_t pixels = 3ll * side * side;
-    std::vector<float> images = made_up_images(pixels * batch);
-    images.insert(images.end(), images.begin(), images.begin() + pixels);
-    const Session session(
-        made_up ? made_up_plan(example, example.numbers) : plan_from_file(example), images, batch,
-        in_fp32);
+    std::vector<float> images = made_up_images(pixels * (batch + 1));
+    std::copy(images.begin(), images.begin() + pixels, images.end() - pixels);
+    const Session session(std::move(plan), images, batch, in_fp32);
     int launches = 0;
     size_t weight_bytes = 0;
     check(swinq_launch_count(session.plan(), &launches));

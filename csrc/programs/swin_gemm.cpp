@@ -119,6 +119,8 @@ int run(const std::vector<int>& n) {
     const int batch = n[0], img_size = n[1], window = n[2], heads = n[3], head_size = n[4];
     check(swinq_check_device(kDevice));
     check(cudaSetDevice(kDevice), "cudaSetDevice");
+    const swinq_tuned_gemm none = {};
+    check(swinq_tile_cache_add(kDevice, &none, 0));  // a folder that cannot be written says so now
     std::vector<Numbers> kinds = {n[5] == 0 ? Numbers::kFloat : Numbers::kHalf};
     if (n[6]) kinds = {Numbers::kInt8Mode1, Numbers::kInt8Mode2};
 

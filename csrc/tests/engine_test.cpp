@@ -1,5 +1,6 @@
 // What of the engine needs no GPU: weight layouts, the tile cache, JSON, safetensors, and what the
 // C ABI says to mistakes. Prints what failed; the exit code is 1 if anything did.
+#include <sys/wait.h>
 #include <unistd.h>
 #include <algorithm>
 #include <cstdio>
@@ -8,6 +9,7 @@
 #include <filesystem>
 #include <fstream>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "engine/error.h"
@@ -107,6 +109,32 @@ void test_scales() {
 
 // ---- tile cache ----
 
+// Threads and processes that add to one file lose nothing.
+void test_adding_at_once(const std::string& path, const std::string& gpu) {
+    constexpr int kWriters = 4, kTiles = 20;
+    const size_t before = read_tiles(path, gpu).size();
+    auto add = [&](int writer) {
+        for (int i = 0; i < kTiles; ++i) {
+            add_tiles(path, gpu, {{{0, 0, 0, 1 + writer, 16, 16 * (1 + i)}, {0, 64, 64}}});
+        }
+    };
+    std::vector<pid_t> children;
+    for (int writer = 0; writer < kWriters; ++writer) {
+        children.push_back(fork());
+        if (children.back() == 0) {
+            std::thread other(add, kWriters + writer);
+            add(writer);
+            other.join();
+            std::_Exit(0);
+        }
+    }
+    for (const pid_t child : children) {
+        int status = 1;
+        check(waitpid(child, &status, 0) == child && status == 0, "a writer of tiles failed");
+    }
+    check(read_tiles(path, gpu).size() == before + 2 * kWriters * kTiles, "all writers' tiles");
+}
+
 void test_tile_cache(const fs::path& folder) {
     const std::string gpu = "NVIDIA H100 80GB HBM3";
     const Tiles tiles = {{{0, 1, 0, 1 << 30, 384, 96}, {1, 128, 96}},
@@ -138,15 +166,20 @@ void test_tile_cache(const fs::path& folder) {
     check(fs::path(path).filename().string().rfind("tiles-nvidia-h100-80gb-hbm3-", 0) == 0,
           "name of the file: " + path);
     check(read_tiles(path, gpu).empty(), "no file, no tiles");
-    write_tiles(path, gpu, tiles);
+    add_tiles(path, gpu, tiles);
     check(same(read_tiles(path, gpu), tiles), "tiles from the file");
-    check(std::distance(fs::directory_iterator(fs::path(path).parent_path()), {}) == 1,
-          "nothing beside the file");
+    check(std::distance(fs::directory_iterator(fs::path(path).parent_path()), {}) == 2,
+          "nothing but its lock beside the file");
+    Tiles changed = {{tiles.begin()->first, {0, 64, 32}}};
+    add_tiles(path, gpu, changed);
+    changed.insert(tiles.begin(), tiles.end());
+    check(same(read_tiles(path, gpu), changed), "a new tile in place of the old one, others kept");
+    test_adding_at_once(path, gpu);
     check(read_tiles(folder.string(), gpu).empty(), "a folder is no tile cache");
     write_file(folder / "in_the_way", "");
     check_refused("a file as folder", "cannot write the tile cache",
-                  [&] { write_tiles((folder / "in_the_way" / "tiles.txt").string(), gpu, tiles); });
-    check_refused("no folder at all", "no folder", [&] { write_tiles("", gpu, tiles); });
+                  [&] { add_tiles((folder / "in_the_way" / "tiles.txt").string(), gpu, tiles); });
+    check_refused("no folder at all", "no folder", [&] { add_tiles("", gpu, tiles); });
     unsetenv("SWINQ_CACHE_DIR");
     unsetenv("XDG_CACHE_HOME");
     unsetenv("HOME");

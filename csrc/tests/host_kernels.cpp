@@ -146,6 +146,11 @@ void expand_bias(const float* table, int window, int heads, float* expanded) {
     std::copy_n(table, expanded_bias_size(window, heads), expanded);
 }
 
+// As much as the kernel on a GPU wants for its table of the window's tokens.
+int64_t attention_shared_bytes(const AttentionArguments& a) {
+    return int64_t{12} * a.window * a.window;
+}
+
 void attention(const AttentionArguments& a, cudaStream_t) {
     const int side = a.resolution, tokens = a.window * a.window, width = 2 * a.window - 1;
     const float* table = a.bias ? a.bias : a.bias_table;
@@ -265,6 +270,11 @@ void pool(const PoolArguments& a, cudaStream_t) {
             store(a.stream, a.pooled, image * a.channels + c, finite ? mean : NAN, 0);
         }
     }
+}
+
+// As much as the kernel on a GPU wants for its weights.
+int64_t patch_embed_shared_bytes(const PatchEmbedArguments& a) {
+    return int64_t{2} * a.channels * a.in_chans * a.patch_size * a.patch_size;
 }
 
 void patch_embed(const PatchEmbedArguments& a, cudaStream_t) {

@@ -65,7 +65,10 @@ int main(int argc, char** argv) {
     for (int i = 1; i < argc; ++i) {
         const std::string argument = argv[i];
         const char* value = i + 1 < argc ? argv[i + 1] : nullptr;
-        if (argument == "--quick") {
+        if (argument == "--help") {
+            std::printf("%s", kUsage);
+            return 0;
+        } else if (argument == "--quick") {
             options.quick = true;
         } else if (argument == "--isolate") {
             isolated = true;
@@ -78,7 +81,8 @@ int main(int argc, char** argv) {
             std::fprintf(stderr, "--plant: no fault %s\n%s", argv[i], kUsage);
             return 2;
         } else {
-            std::fprintf(stderr, "%s", kUsage);
+            std::fprintf(stderr, "error: %s is no option, or its value is missing\n%s", argv[i],
+                         kUsage);
             return 2;
         }
     }

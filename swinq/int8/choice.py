@@ -6,7 +6,7 @@ import os
 
 import torch
 
-from swinq.errors import ConfigError, EngineError
+from swinq.errors import ConfigError, EngineError, EngineFailedError
 from swinq.export.reader import Int8Checkpoint, read_checkpoint
 from swinq.int8 import device as devices
 from swinq.int8.engine import CudaSwin
@@ -54,8 +54,8 @@ def prepare(
             device, and the reference where libswinq cannot be had, which then says why in `notes`.
 
     Raises:
-        ConfigError: there is no such engine.
-        EngineError: the engine is "cuda", and cannot be had.
+        ConfigError: there is no such engine or device.
+        EngineError: the engine is "cuda", and cannot be had; or the GPU failed.
     """
     require(engine, device)
     if engine == REFERENCE or (engine == AUTO and torch.device(device).type != "cuda"):
@@ -63,7 +63,7 @@ def prepare(
     try:
         return CudaSwin(checkpoint, device)
     except EngineError as error:
-        if engine == CUDA:
+        if engine == CUDA or isinstance(error, EngineFailedError):
             raise
         model = Int8Swin(checkpoint, device)
         why = " ".join(error.problem.split())
@@ -75,7 +75,7 @@ def require(engine: str, device: str | torch.device) -> None:
     """Refuse an engine that does not exist, or that was demanded and cannot run on the device.
 
     Raises:
-        ConfigError: there is no such engine.
+        ConfigError: there is no such engine or device.
         EngineError: the engine is "cuda", and libswinq is missing or cannot run there.
     """
     if engine not in ENGINES:
@@ -85,3 +85,4 @@ def require(engine: str, device: str | torch.device) -> None:
         )
     if engine == CUDA:
         devices.require(device)
+    devices.require_present(device)

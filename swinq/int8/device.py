@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from swinq.errors import EngineError
+from swinq.errors import ConfigError, EngineError
 from swinq.int8.library import library
 
 
@@ -17,32 +17,52 @@ def require(device: str | torch.device) -> torch.device:
     """The CUDA device, with its index, if libswinq is there and has kernels for it.
 
     Raises:
-        EngineError: another kind of device, no GPU, no library, or a GPU that is too old.
+        ConfigError: no such device.
+        EngineError: another kind of device, no library, or a GPU that is too old.
     """
-    device = torch.device(device)
+    device = _parsed(device)
     if device.type != "cuda":
         raise EngineError(
             f"the CUDA engine cannot run on {device}, wanted a CUDA device",
             "move the model to cuda, or run the reference there (engine='reference')",
         )
     loaded = library()
-    if not torch.cuda.is_available():
-        raise EngineError("no GPU is visible to PyTorch", "run the reference on the CPU")
+    require_present(device)
     index = torch.cuda.current_device() if device.index is None else device.index
-    if index >= torch.cuda.device_count():
-        raise EngineError(
-            f"{device} does not exist: {torch.cuda.device_count()} GPU(s) are visible",
-            "name one of them, counted from cuda:0",
-        )
     loaded.check_device(index)
     return torch.device("cuda", index)
+
+
+def require_present(device: str | torch.device) -> None:
+    """Refuse a device that PyTorch does not have.
+
+    Raises:
+        ConfigError: no such device, or a GPU where none, or none of that number, is visible.
+    """
+    device = _parsed(device)
+    if device.type != "cuda":
+        return
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device {device}: no GPU is visible to PyTorch", "use device 'cpu'")
+    if (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(
+            f"device {device}: {torch.cuda.device_count()} GPU(s) are visible",
+            "name one of them, counted from cuda:0",
+        )
+
+
+def _parsed(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise ConfigError(f"device {device!r} is not known", "use cpu, cuda or cuda:N") from error
 
 
 def problem(device: str | torch.device) -> str:
     """Why libswinq cannot run on a device, in words; "" where it can."""
     try:
         require(device)
-    except EngineError as error:
+    except (ConfigError, EngineError) as error:
         return error.problem
     return ""
 

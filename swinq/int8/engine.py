@@ -6,12 +6,13 @@ Called like `Int8Swin`. An image's logits are the same bits alone, in any batch,
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from swinq.errors import EngineError, SwinqError
+from swinq.errors import DataError, EngineError, SwinqError
 from swinq.export.reader import read_checkpoint
 from swinq.int8 import device as devices
 from swinq.int8.images import require_finite, require_images
@@ -47,6 +48,7 @@ class CudaSwin:
         self.plan = Plan(checkpoint, self.device)
         self.notes: list[str] = []
         self._workspaces: dict[int, Tensor] = {}  # by stream; as large as any batch on it wanted
+        self._enqueueing = threading.Lock()
 
     @classmethod
     def load(
@@ -116,7 +118,16 @@ class CudaSwin:
         return logits
 
     def graph(self, batch: int, dtype: torch.dtype = torch.float32) -> Graph:
-        """A CUDA graph of the forward of so many images of fp16 or fp32."""
+        """A CUDA graph of the forward of so many images of fp16 or fp32.
+
+        Raises:
+            DataError: no images, or of another type.
+        """
+        if batch < 1 or dtype not in (torch.float16, torch.float32):
+            raise DataError(
+                f"a CUDA graph of {batch} images of {dtype}",
+                "give 1 or more, of torch.float16 or torch.float32",
+            )
         size = self.arch.img_size
         images = torch.zeros(batch, self.arch.in_chans, size, size, dtype=dtype, device=self.device)
         return Graph(images, lambda: self._forward(images, keep=False))
@@ -134,8 +145,10 @@ class CudaSwin:
             (len(images), self.arch.num_classes), dtype=torch.float32, device=self.device
         )
         if len(images):
-            workspace = self._workspace(self.plan.workspace_size(len(images)), keep)
-            self.plan.forward(images, logits, workspace)
+            # threads may share a stream: their kernels must not mix in one workspace
+            with self._enqueueing:
+                workspace = self._workspace(self.plan.workspace_size(len(images)), keep)
+                self.plan.forward(images, logits, workspace)
         return logits
 
     def _workspace(self, size: int, keep: bool) -> Tensor:
@@ -177,6 +190,7 @@ class Graph:
     def __init__(self, images: Tensor, forward: Callable[[], Tensor]) -> None:
         """Capture `forward`, which reads `images`."""
         self.images = images
+        self._forward = forward  # holds the weights, which replays read
         with torch.cuda.device(images.device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -188,7 +202,17 @@ class Graph:
                 self.logits = forward()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of a batch of exactly the captured size; overwritten by the next call."""
+        """Logits of a batch of exactly the captured size; overwritten by the next call.
+
+        Raises:
+            DataError: another shape, or not floating point.
+        """
+        if images.shape != self.images.shape or not images.is_floating_point():  # copy_ takes more
+            raise DataError(
+                f"the CUDA graph wants {tuple(self.images.shape)} floating point, got "
+                f"{tuple(images.shape)} {images.dtype}",
+                "capture one for this batch: model.graph(len(images))",
+            )
         self.images.copy_(images)
         self.replay()
         return self.logits

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from swinq.errors import EngineError
+from swinq.errors import EngineError, EngineFailedError
 from swinq.int8 import abi
 
 VARIABLE = "SWINQ_LIBRARY"
+_ELF_HEADER = struct.Struct("<40sQ10xHH2x")  # where its table of sections is, and its size
 _BUILD = "build it: SWINQ_CUDA=1 pip install -e . (needs nvcc and cmake, no GPU)"
 
 
@@ -36,6 +38,7 @@ class Library:
         if not path.is_file():
             raise EngineError(f"{path}: no such file, wanted the engine libswinq.so", _fix())
         try:
+            _require_whole(path)
             self._handle = ctypes.CDLL(str(path))
         except OSError as error:
             raise EngineError(f"{path}: cannot be loaded ({error})", _fix()) from error
@@ -81,7 +84,9 @@ class Library:
             return status
         said = (self._last_error() or b"").decode(errors="replace")
         problem, _, fix = said.partition("\n  fix: ")
-        raise EngineError(f"libswinq: {problem or f'status {status}'}", fix)
+        refused = status in (abi.INVALID_ARGUMENT, abi.UNSUPPORTED)
+        kind = EngineError if refused else EngineFailedError
+        raise kind(f"libswinq: {problem or f'status {status}'}", fix)
 
 
 def library() -> Library:
@@ -105,6 +110,23 @@ def reason() -> str:
     except EngineError as error:
         return error.problem
     return ""
+
+
+def _require_whole(path: Path) -> None:
+    """Refuse a copy that was cut short: loading maps it, and what is not there ends the process.
+
+    An ELF file of 64 bits names the table of its sections, which lies at its end.
+    """
+    with open(path, "rb") as file:
+        head = file.read(_ELF_HEADER.size)
+    if len(head) < _ELF_HEADER.size or not head.startswith(b"\x7fELF"):
+        return  # the loader says what it is
+    _, table, entry, count = _ELF_HEADER.unpack(head)
+    size = path.stat().st_size
+    if size < table + entry * count:
+        raise EngineError(
+            f"{path}: {size:,} bytes of {table + entry * count:,}, it was cut short", _fix()
+        )
 
 
 def _path() -> Path:

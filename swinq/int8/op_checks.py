@@ -37,9 +37,15 @@ def require(
             return
         raise EngineError(f"{name} is not contiguous in memory", f"pass {name}.contiguous()")
     wanted = ", ".join("any" if size is None else str(size) for size in shape)
+    fix = "its shape follows from those of the other arguments: correct one of them"
+    if same:
+        fix = f"pass {name}.to({dtype})"
+    if same and tensor.dtype == dtype:
+        fix = f"pass {name}.to('{device}')"
     raise EngineError(
         f"{name} is {tensor.dtype} [{', '.join(map(str, tensor.shape))}] on {tensor.device}, "
-        f"wanted {dtype} [{wanted}] on {device or tensor.device}"
+        f"wanted {dtype} [{wanted}] on {device or tensor.device}",
+        fix,
     )
 
 
@@ -54,7 +60,9 @@ def require_both(**pair: Tensor | None) -> None:
     """Refuse one of two arguments that mean something together only."""
     absent = [name for name, tensor in pair.items() if tensor is None]
     if len(absent) == 1:
-        raise EngineError(f"{absent[0]} is missing: {' and '.join(pair)} go together")
+        raise EngineError(
+            f"{absent[0]} is missing: {' and '.join(pair)} go together", "pass both or neither"
+        )
 
 
 def require_gemm(a: Tensor, weight: Tensor, factor: Tensor, bias: Tensor) -> None:
@@ -69,10 +77,14 @@ def require_activation(activation: str, out_inverse: Tensor | None, width: int) 
     if activation not in abi.ACTIVATIONS or (activation != "none" and out_inverse is None):
         raise EngineError(
             f"activation {activation!r} {'without' if out_inverse is None else 'with'} "
-            "out_inverse has no kernel; wanted none, or gelu or normalize with out_inverse"
+            "out_inverse has no kernel; wanted none, or gelu or normalize with out_inverse",
+            "pass activation='none', or the inverses of the output's scales",
         )
     if activation == "normalize" and width % (3 * HEAD_DIM):
-        raise EngineError(f"normalize wants 3 * heads * {HEAD_DIM} columns, got {width}")
+        raise EngineError(
+            f"normalize wants 3 * heads * {HEAD_DIM} columns, got {width}",
+            f"pad heads to {HEAD_DIM} channels with zero weights",
+        )
 
 
 def require_attention(
@@ -84,7 +96,9 @@ def require_attention(
     require_vectors(factor.numel(), qkv.device, factor=factor)
     require_map(len(qkv), resolution, window)
     if not 0 <= shift < window:
-        raise EngineError(f"shift is {shift}, wanted 0 to {window - 1}")
+        raise EngineError(
+            f"shift is {shift}, wanted 0 to {window - 1}", "0 is none; Swin's is half a window"
+        )
     if bias.numel() < factor.numel() * (2 * window - 1) ** 2:
         raise EngineError(
             f"bias holds {bias.numel()} floats, too few for {factor.numel()} heads and windows of "
@@ -98,7 +112,8 @@ def require_map(tokens: int, resolution: int, step: int) -> None:
     if resolution < 1 or step < 1 or tokens % resolution**2 or resolution % step:
         raise EngineError(
             f"{tokens} tokens are not whole maps of {resolution} x {resolution} tokens that "
-            f"{step} x {step} tokens tile"
+            f"{step} x {step} tokens tile",
+            "pass the side of the token map as resolution, and a window that divides it",
         )
 
 

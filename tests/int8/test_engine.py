@@ -2,18 +2,22 @@
 
 import gc
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
-from swinq.errors import ConfigError, DataError, EngineError, SwinqError
+import swinq
+from swinq.demo.checkpoint import CHECKPOINT
+from swinq.errors import ConfigError, DataError, EngineError, EngineFailedError, SwinqError
 from swinq.export.format import default_precision, layer_names
 from swinq.export.plain import collect_plain
-from swinq.int8 import choice
+from swinq.int8 import choice, engine
 from swinq.int8 import device as devices
-from swinq.int8.engine import CudaSwin
+from swinq.int8.engine import CudaSwin, Graph
 from swinq.int8.library import available
 from swinq.int8.model import Int8Swin
 from swinq.models.architecture import Architecture
@@ -130,6 +134,58 @@ def test_graph_holds_its_images_and_keeps_no_workspace_here(fake: CudaSwin) -> N
     assert torch.equal(graph(batch), fake(batch))
 
 
+@pytest.mark.parametrize(
+    ("batch", "dtype"), [(0, torch.float32), (-1, torch.float16), (2, torch.bfloat16)]
+)
+def test_graph_of_what_no_kernel_reads_is_refused(
+    fake: CudaSwin, batch: int, dtype: torch.dtype
+) -> None:
+    with pytest.raises(DataError, match=f"of {batch} images of {dtype}") as caught:
+        fake.graph(batch, dtype)
+    assert "torch.float16" in caught.value.fix
+
+
+@pytest.fixture
+def captured(fake: CudaSwin, monkeypatch: pytest.MonkeyPatch) -> Graph:
+    """A graph of two images whose replays do nothing, of a model that nothing else holds."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, stub in {
+        "device": lambda device: nullcontext(),
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: nullcontext(),
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
+        "graph": lambda graph: nullcontext(),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stub)
+    monkeypatch.setattr(engine, "Graph", Graph)
+    return CudaSwin(made_checkpoint(fake.arch)).graph(2)
+
+
+def test_graph_keeps_the_weights_that_it_reads(captured: Graph, fake: CudaSwin) -> None:
+    gc.collect()
+    assert fake_engine.live_plans() == 2  # fake's, and what captured reads
+    assert captured.logits.shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        torch.zeros(1, 3, 32, 32),
+        torch.zeros(3, 32, 32),
+        torch.zeros(3, 3, 32, 32),
+        torch.zeros(2, 3, 32, 32, dtype=torch.uint8),
+    ],
+    ids=["stretched", "stretched too", "more", "bytes"],
+)
+def test_graph_refuses_images_that_it_was_not_captured_for(captured: Graph, wrong: Tensor) -> None:
+    with pytest.raises(DataError, match=r"graph wants \(2, 3, 32, 32\) floating point, got"):
+        captured(wrong)
+    right = torch.rand(2, 3, 32, 32, dtype=torch.float64)
+    captured(right)
+    assert torch.equal(captured.images, right.float())
+
+
 def test_plan_is_destroyed_with_the_model(fake: CudaSwin) -> None:
     before = fake_engine.live_plans()
     other = CudaSwin(made_checkpoint(fake.arch))
@@ -194,6 +250,7 @@ def test_choice_falls_back_with_a_reason_unless_cuda_is_demanded(
         raise EngineError("cuda:0 has compute\n capability 6.1")
 
     monkeypatch.setattr(devices, "require", refuse)
+    monkeypatch.setattr(devices, "require_present", lambda device: None)
     checkpoint = made_checkpoint(made_architecture())
     with pytest.raises(EngineError, match="capability 6.1"):
         choice.prepare(checkpoint, "cuda", "cuda")
@@ -212,6 +269,34 @@ def test_choice_falls_back_with_a_reason_unless_cuda_is_demanded(
     assert model.notes == [
         "the reference runs this model on cuda, not libswinq: cuda:0 has compute capability 6.1"
     ]
+
+
+def test_choice_does_not_hide_that_the_gpu_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(checkpoint: object, device: object) -> CudaSwin:
+        raise EngineFailedError("libswinq: allocating 9 bytes of weights: out of memory")
+
+    monkeypatch.setattr(choice, "CudaSwin", full)
+    monkeypatch.setattr(devices, "require_present", lambda device: None)
+    with pytest.raises(EngineFailedError, match="out of memory"):
+        choice.prepare(made_checkpoint(made_architecture()), "cuda")
+
+
+@pytest.mark.parametrize("kind", ["int8", "float"])
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("cuda", "no GPU is visible"), ("gpu0", "'gpu0' is not known")],
+)
+def test_a_device_that_is_not_there_is_named(
+    kind: str, device: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = (
+        write_made(tmp_path / "int8.safetensors", made_architecture())
+        if kind == "int8"
+        else CHECKPOINT
+    )
+    with pytest.raises(ConfigError, match=words):
+        swinq.load(path, device=device)
 
 
 # ---- the real library ----

@@ -1,6 +1,7 @@
 """libswinq is found, loaded and checked; what is wrong with it is said in words."""
 
 import ctypes
+import re
 import subprocess
 from pathlib import Path
 
@@ -54,6 +55,17 @@ def test_file_that_is_no_library_is_named(tmp_path: Path) -> None:
     path = tmp_path / "libswinq.so"
     path.write_text("not a library")
     with pytest.raises(EngineError, match=f"{path}: cannot be loaded"):
+        Library(path)
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.99])
+def test_a_copy_that_was_cut_short_is_refused(fake: Path, tmp_path: Path, share: float) -> None:
+    """Loading it would end the process."""
+    whole = fake.read_bytes()
+    path = tmp_path / "libswinq.so"
+    path.write_bytes(whole[: int(share * len(whole))])
+    wanted = f"{path}: {path.stat().st_size:,} bytes of {len(whole):,}, it was cut short"
+    with pytest.raises(EngineError, match=re.escape(wanted)):
         Library(path)
 
 
@@ -125,13 +137,13 @@ def test_engine_wants_a_cuda_device(fake: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(EngineError, match="cannot run on cpu, wanted a CUDA device"):
         devices.require("cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert devices.problem("cuda") == "no GPU is visible to PyTorch"
+    assert devices.problem("cuda") == "device cuda: no GPU is visible to PyTorch"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     assert devices.require("cuda") == torch.device("cuda", 0)
     assert "compute capability 6.1" in devices.problem("cuda:1")
-    assert devices.problem("cuda:2") == "cuda:2 does not exist: 2 GPU(s) are visible"
+    assert devices.problem("cuda:2") == "device cuda:2: 2 GPU(s) are visible"
     monkeypatch.setenv(VARIABLE, str(fake.parent / "absent.so"))
     assert "absent.so: no such file" in devices.problem("cuda")
 
