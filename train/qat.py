@@ -186,6 +186,9 @@ class _Loop:
                     raise StoppedError(now, self.total, stop.exit_code)
                 # after the save: a judgement takes longer than a signal leaves, and can be repeated
                 self._judge_once(now)
+            # once for what the last step asked, and once for what came while it was judged
+            if stop.agreed() or stop.agreed():
+                raise StoppedError(self.total, self.total, stop.exit_code)
         self._write_back()
         return self.progress
 

@@ -7,10 +7,11 @@ only then do older ones go. So a job killed at any moment finds the last checkpo
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from swinq import __version__, console, distributed
-from swinq.errors import CheckpointError, ExportError
+from swinq.errors import CheckpointError, ConfigError, ExportError
 from swinq.export.format import decode, encode
 from swinq.export.integrity import digests
 from swinq.files import write_atomically
@@ -58,6 +59,31 @@ class CheckpointFolder:
     def __init__(self, folder: str | os.PathLike[str], keep: int = 2) -> None:
         self.folder = Path(folder)
         self.keep = keep
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within it no other job trains in the folder; it is rank 0 that looks and holds it.
+
+        Jobs on other machines see it where the shared disk passes locks on.
+
+        Raises:
+            ConfigError (rank 0): another job trains there.
+        """
+        if not distributed.is_main():
+            yield
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "w") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process holds nothing
+            except (BlockingIOError, PermissionError) as error:
+                raise ConfigError(
+                    f"another job trains in {self.folder}",
+                    "wait until it has ended, or begin this one with another --tag NAME",
+                ) from error
+            except OSError:
+                pass  # a file system without locks
+            yield
 
     def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
         """Write a checkpoint, and remove those it makes needless; all ranks call, rank 0 writes.

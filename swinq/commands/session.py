@@ -18,10 +18,10 @@ from swinq import api, console, distributed, preflight
 from swinq import config as configuration
 from swinq.config import Config
 from swinq.data.archive import ZipDataset
-from swinq.data.dataset import ImageDataset
+from swinq.data.dataset import ImageDataset, check_class_order
 from swinq.data.datasets import open_dataset
 from swinq.data.loader import BatchLoader
-from swinq.data.sampling import calibration_indices
+from swinq.data.sampling import calibration_indices, names_digest
 from swinq.data.transforms import EvalTransform, eval_transform
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.errors import ConfigError
@@ -29,7 +29,7 @@ from swinq.evaluate import Predictions, evaluate
 from swinq.int8 import choice
 from swinq.int8.choice import IntegerModel
 from swinq.models.architecture import Architecture
-from swinq.report.environment import describe_file, names_digest
+from swinq.report.environment import describe_file
 
 # From this input size on, the official configurations squash images instead of cropping them.
 SQUASHED_FROM = 384
@@ -168,10 +168,10 @@ class Session:
             cache_mode=data.CACHE_MODE,
             num_classes=model.arch.num_classes,
         )
-        named = ((opened.path(i), int(opened.labels[i])) for i in range(len(opened)))
+        check_class_order(opened.classes, getattr(model, "classes", None), opened.description)
         distributed.require_same(
             f"{split} images at --data-path {data.DATA_PATH} ({len(opened):,} here)",
-            partial(names_digest, named),
+            partial(names_digest, opened),
             "give every node the same images: copy them again, or use a disk that all share",
         )
         if split == "val" and self._typed("DATA.CACHE_MODE") and not isinstance(opened, ZipDataset):

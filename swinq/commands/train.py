@@ -6,7 +6,6 @@ import copy
 import hashlib
 import os
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,17 +13,17 @@ from torch import Tensor, nn
 
 from swinq import api, console, distributed
 from swinq.calib.calibrate import Calibration, measure_residual
+from swinq.commands.best import keep_best, load_best
 from swinq.commands.calib import Outcome, calibration_sample, conclude, find_ranges
 from swinq.commands.judging import Judging
 from swinq.commands.session import RankImages, Session, load_model, weights_of
 from swinq.config import Config, leaves, under
 from swinq.data.augment import Augmented, train_transform
-from swinq.data.dataset import ImageDataset, Transform
+from swinq.data.dataset import ImageDataset, Transform, check_class_order
 from swinq.data.mixing import Mixing
 from swinq.data.order import StepOrder
-from swinq.data.sampling import sample_digest
+from swinq.data.sampling import names_digest, sample_digest
 from swinq.errors import ConfigError, DataError
-from swinq.export.calibrated import write_calibrated
 from swinq.export.integrity import digest
 from swinq.int8.choice import IntegerModel
 from swinq.models.layers import SwinBase
@@ -51,6 +50,13 @@ def run(config: Config) -> int:
         _require_determinism()
     session = Session.open(config, "train")
     session.spare_what_is_read(session.trained_path())
+    with _checkpoints(session).alone():
+        return _train(session)
+
+
+def _train(session: Session) -> int:
+    """Train, export and report."""
+    config = session.config
     given = load_model(session)
     if isinstance(given, IntegerModel):
         raise ConfigError(
@@ -86,13 +92,18 @@ def run(config: Config) -> int:
         console.say(str(stopped), "warning")
         return stopped.code
     calibration = (sample, seconds)
-    outcome = _finish(session, float_model, quantized, before, calibration, (images, val))
+    best = load_best(session, quantized, progress)
+    outcome = _finish(session, float_model, quantized, (before, best), calibration, (images, val))
     outcome = replace(outcome, training=_summary(session, settings, progress, images))
     if distributed.is_main():
         from swinq.commands import report  # matplotlib takes a second that other ranks save
 
         report.write(session, outcome)
     return 0
+
+
+def _checkpoints(session: Session) -> CheckpointFolder:
+    return CheckpointFolder(session.folder / "training", keep=session.config.QAT.KEEP)
 
 
 def settings_of(config: Config, device: torch.device) -> Settings:
@@ -184,7 +195,7 @@ def _surroundings(
         distillation=distillation,
         workers=session.workers,
         device=session.device,
-        folder=CheckpointFolder(session.folder / "training", keep=config.QAT.KEEP),
+        folder=_checkpoints(session),
         monitor=Monitor(
             session.folder / "tensorboard" / "training" if config.REPORT.TENSORBOARD else None,
             total_steps=settings.epochs * steps,
@@ -194,9 +205,13 @@ def _surroundings(
             world=distributed.world_size(),
             eval_epochs=settings.eval_epochs,
         ),
-        identity=_identity(config, given, distillation),
+        identity={
+            **_identity(config, given, distillation),
+            "training images": names_digest(images)[:16],
+            "validation images": names_digest(val)[:16],
+        },
         judge=judge,
-        keep=lambda model: _keep(session, model),
+        keep=lambda model: keep_best(session, model),
     )
 
 
@@ -249,6 +264,11 @@ def _distillation(
                 f"--teacher {distill.TEACHER} is an exported INT8 checkpoint, wanted a float one",
                 "give the checkpoint it was made from, or leave --teacher out",
             )
+        check_class_order(
+            getattr(float_model, "classes", None) or [],
+            getattr(teacher, "classes", None),
+            "the model",
+        )
         ours, theirs = float_model.arch, teacher.arch
         alike = ("embed_dim", "patch_size", "depths") if settings.features else ()
         for name in ("num_classes", "img_size", *alike):
@@ -294,38 +314,21 @@ def _digest(model: nn.Module) -> str:
     return start.hexdigest()[:16]
 
 
-def _best_path(session: Session) -> Path:
-    """Where the best so far is kept, in the job's own folder; other jobs may share the results'."""
-    return session.folder / "training" / "best.safetensors"
-
-
-def _keep(session: Session, model: nn.Module) -> None:
-    """Write the model as the best so far, on rank 0."""
-    if not distributed.is_main():
-        return
-    found: Calibration = model.calibration  # type: ignore[assignment]
-    write_calibrated(
-        _best_path(session),
-        model,
-        calibration=api.describe_calibration(found),
-        classes=getattr(model, "classes", None),
-        transform=session.transform(model).to_dict(),
-    )
-
-
 def _finish(
     session: Session,
     float_model: nn.Module,
     quantized: SwinBase,
-    before: dict[str, Tensor],
+    states: tuple[dict[str, Tensor], dict[str, Tensor]],
     calibrated: tuple[list[int], float],
     images: tuple[ImageDataset, ImageDataset],
 ) -> Outcome:
-    """Export the best model and judge it beside the float one and the one before training."""
-    sample, train_images = calibrated[0], images[0]
+    """Export the best model and judge it beside the float one and the one before training.
+
+    Args:
+        states: of the model before training, and of the best.
+    """
+    (before, best), sample, train_images = states, calibrated[0], images[0]
     found: Calibration = quantized.calibration  # type: ignore[assignment]
-    session.require_shared(_best_path(session))
-    best = api.load(_best_path(session), device=session.device).state_dict()
     quantized.load_state_dict(best)
     found.residual_max = measure_residual(quantized, RankImages(session, train_images, sample))
     if not found.sample_sha256:

@@ -125,6 +125,25 @@ def check_classes(found: Sequence[str], num_classes: int | None, place: str) -> 
     )
 
 
+def check_class_order(found: Sequence[str], recorded: Sequence[str] | None, place: str) -> None:
+    """Refuses classes that a model knows under other numbers: its logits would be misread.
+
+    Names that it does not know say nothing: a file may have words where folders have numbers.
+
+    Raises:
+        DataError: names the first such class.
+    """
+    known = {name: number for number, name in enumerate(recorded or [])}
+    for number, name in enumerate(found):
+        if name in known and recorded is not None and recorded[number : number + 1] != [name]:
+            raise DataError(
+                f"class {shown(name)} is number {number} in {place}, and number {known[name]} in "
+                "the checkpoint",
+                "numbers follow from the sorted names of all classes: rename folders, or give a "
+                "checkpoint whose classes are in that order",
+            )
+
+
 def check_same_classes(split: str, here: Sequence[str], other: str, there: Sequence[str]) -> None:
     """Refuses splits with different class folders: sorted names would give different labels.
 

@@ -82,11 +82,15 @@ def unreadable(failures: Sequence[tuple[str, str]], checked: int) -> DataError:
         failures: (name, reason) of each unreadable image, at least one.
         checked: how many images had been tried when the work stopped.
     """
+    failures = list(dict(failures).items())  # training may have met one in several epochs
     lines = [f"{len(failures)} of the {checked} images read so far cannot be read:"]
     lines += [f"  {shown(name)}: {reason}" for name, reason in failures[:_SHOWN]]
     if len(failures) > _SHOWN:
         lines.append(f"  and {len(failures) - _SHOWN} more")
-    fix = "repair or delete these files; images are never skipped or replaced silently"
+    fix = (
+        "repair these files, or delete them, which makes another job of one that has begun to "
+        "train; images are never skipped or replaced silently"
+    )
     return DataError("\n".join(lines), fix)
 
 

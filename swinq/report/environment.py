@@ -6,7 +6,7 @@ import hashlib
 import os
 import platform
 import shlex
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -84,17 +84,6 @@ def describe_file(role: str, path: Path | str) -> InputFile:
     except OSError as error:
         raise DataError(f"{role} {path} cannot be read: {error.strerror}") from error
     return InputFile(role, str(path), digest.hexdigest(), size)
-
-
-def names_digest(images: Iterable[tuple[str, int]]) -> str:
-    """SHA-256 over names and labels: says which images were meant, not what they looked like."""
-    digest = hashlib.sha256()
-    for name, label in images:
-        word = name.encode("utf-8", "surrogateescape")
-        digest.update(
-            len(word).to_bytes(8, "little") + word + label.to_bytes(8, "little", signed=True)
-        )
-    return digest.hexdigest()
 
 
 def _version(package: str) -> str:

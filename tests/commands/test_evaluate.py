@@ -230,6 +230,17 @@ def test_images_without_labels_cannot_be_evaluated(demo: Demo, tmp_path: Path) -
     assert "no labels" in message and "val/<class>/<image>" in message
 
 
+def test_classes_that_the_checkpoint_numbers_otherwise_are_refused(tmp_path: Path) -> None:
+    """Scores would be wrong without a sign: every label means another class."""
+    images = write_digits(tmp_path / "images")
+    argv = ("--eval", "--resume", CHECKPOINT, "--data-path", images, "--output", tmp_path)
+    done(*argv, "--workers", "0")
+    for split in ("train", "val"):
+        (images / split / "0").rename(images / split / "zero")
+    message = refused(*argv, "--workers", "0")
+    assert "class 1 is number 0 in" in message and "number 1 in the checkpoint" in message
+
+
 def test_a_sample_of_the_images_is_the_same_one_each_time(demo: Demo, tmp_path: Path) -> None:
     argv = ("--eval", "--resume", demo.checkpoint("int8_mode1"), *DIGITS, "--eval-images", "40")
     first = done(*argv, "--output", tmp_path / "1", "--batch-size", "40")

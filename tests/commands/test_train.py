@@ -1,19 +1,26 @@
 """--train as it is typed: what it writes, what it refuses before it calibrates, what it resumes."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from swinq.commands import train
 from swinq.demo.checkpoint import CHECKPOINT
-from tests.commands.command_line import done, metadata_of, refused, tensors_of
+from tests.commands.command_line import done, metadata_of, refused, tensors_of, write_digits
 
-TINY = (
-    *("--train", "--cfg", "demo", "--data-path", "fake:16", "--num-epochs", "1"),
-    *("--num-calib-batch", "1", "--calib-batchsz", "8", "--sensitivity-images", "0"),
+JOB = (
+    *("--train", "--cfg", "demo", "--num-epochs", "1", "--num-calib-batch", "1"),
+    *("--calib-batchsz", "8", "--sensitivity-images", "0"),
 )
-FINETUNE = (*TINY, "--batch-size", "8", "--opts", "REPORT.TENSORBOARD", "false")
+BATCHES = ("--batch-size", "8", "--opts", "REPORT.TENSORBOARD", "false")
+TINY = (*JOB, "--data-path", "fake:16")
+FINETUNE = (*TINY, *BATCHES)
 TRAINED = "micro_swin_digits_qat.safetensors"
 EXPORTED = "micro_swin_digits_qat_int8_mode{}.safetensors"
 
@@ -71,6 +78,38 @@ def test_what_changes_the_job_is_not_resumed(trained: Path, change: tuple[str, s
     assert f"is of another job: {change[0]} " in message and f"{change[1]} here" in message
 
 
+def test_other_images_make_another_job_and_the_same_elsewhere_do_not(tmp_path: Path) -> None:
+    images = write_digits(tmp_path / "images")
+    job = (*JOB, *BATCHES, "--output", tmp_path / "results")
+    done(*job, "--data-path", images)
+    moved = images.rename(tmp_path / "moved")
+    assert "resumed: step 2 of 2" in done(*job, "--data-path", moved).out
+    for split in ("train", "val"):
+        image = next((moved / split / "3").iterdir())
+        image.rename(image.with_name("another.png"))
+    message = refused(*job, "--data-path", moved)
+    assert "is of another job: training images" in message and "validation images" in message
+
+
+@pytest.mark.parametrize("lost", ["damaged", "empty", "gone"])
+def test_a_lost_best_model_gives_way_to_the_last_one(
+    trained: Path, tmp_path: Path, lost: str
+) -> None:
+    folder = tmp_path / "micro_swin_digits" / "qat"
+    shutil.copytree(trained, folder)
+    best = folder / "training" / "best.safetensors"
+    content = bytearray(best.read_bytes())
+    content[-1] ^= 1
+    best.write_bytes(content if lost == "damaged" else b"")
+    if lost == "gone":
+        best.unlink()
+    ran = done(*FINETUNE, "--output", tmp_path)
+    assert f"{best}" in ran.out and "the model of the last step is exported, with top-1" in ran.out
+    newest = tensors_of(folder / "training" / "step-00000002.safetensors")
+    weight = tensors_of(folder / TRAINED)["head.weight"]
+    assert torch.equal(weight, newest["model.head.weight"])
+
+
 def test_ranges_that_are_found_a_bit_differently_do_not_end_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -107,6 +146,15 @@ def test_a_calibrated_checkpoint_is_not_told_how_to_find_ranges(
 ) -> None:
     start = ("--resume", trained / TRAINED, "--batch-size", "8", "--output", tmp_path)
     assert "was calibrated with its own" in refused(*TINY, *start, *stated)
+
+
+def test_a_teacher_with_its_classes_in_another_order_is_refused(tmp_path: Path) -> None:
+    with safe_open(CHECKPOINT, framework="pt") as file:
+        metadata = file.metadata() | {"classes": json.dumps(list("9876543210"))}
+    teacher = tmp_path / "teacher.safetensors"
+    save_file(tensors_of(CHECKPOINT), teacher, metadata)
+    message = refused(*FINETUNE, "--teacher", teacher, "--output", tmp_path)
+    assert "class 0 is number 0 in the model, and number 9 in the checkpoint" in message
 
 
 def test_what_a_job_reads_is_not_what_it_writes(trained: Path, tmp_path: Path) -> None:

@@ -6,8 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from swinq.data.dataset import ImageDataset
 from swinq.data.datasets import open_dataset
-from swinq.data.sampling import batches_of_rank, calibration_indices, sample_digest
+from swinq.data.sampling import (
+    batches_of_rank,
+    calibration_indices,
+    names_digest,
+    sample_digest,
+)
 from swinq.data.transforms import EvalTransform
 from swinq.errors import ConfigError, DataError
 
@@ -86,3 +92,29 @@ def test_digest_is_of_names_and_content_not_of_order_or_container(
     first = folder.root / folder.path(0)  # type: ignore[attr-defined]
     first.write_bytes(first.read_bytes() + b"\0")
     assert digest != sample_digest(folder, [0, 4, 7])
+
+
+class Named(ImageDataset):
+    """Names and labels of images that are not there."""
+
+    def __init__(self, *images: tuple[str, int]) -> None:
+        names, labels = [name for name, _ in images], [label for _, label in images]
+        super().__init__(
+            names, labels, ["a", "b", "c"], transform=lambda picture: picture, source=""
+        )
+
+    def raw(self, index: int) -> bytes:
+        raise AssertionError("opened")
+
+
+def test_digest_of_names_tells_other_labels_other_borders_and_another_order() -> None:
+    first = names_digest(Named(("ab", 0), ("c", 1)))
+    others = [
+        Named(("ab", 0), ("c", 2)),
+        Named(("a", 0), ("bc", 1)),
+        Named(("ab", 0)),
+        Named(("c", 1), ("ab", 0)),
+    ]
+    assert first == names_digest(Named(("ab", 0), ("c", 1)))
+    assert all(names_digest(other) != first for other in others)
+    assert names_digest(others[3], [1, 0]) == first

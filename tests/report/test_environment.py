@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from swinq.errors import DataError
-from swinq.report.environment import describe_file, describe_run, launcher, names_digest
+from swinq.report.environment import describe_file, describe_run, launcher
 
 
 def test_a_run_says_how_to_repeat_it() -> None:
@@ -45,13 +45,6 @@ def test_a_run_is_repeated_the_way_it_was_started(
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert " ".join(launcher()) == words
-
-
-def test_digest_of_names_tells_other_labels_and_other_borders() -> None:
-    first = names_digest([("ab", 0), ("c", 1)])
-    others = ([("ab", 0), ("c", 2)], [("a", 0), ("bc", 1)], [("ab", 0)])
-    assert first == names_digest([("ab", 0), ("c", 1)])
-    assert all(names_digest(other) != first for other in others)
 
 
 def test_a_file_has_its_digest_and_size(tmp_path: Path) -> None:

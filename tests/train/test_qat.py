@@ -2,17 +2,19 @@
 
 import copy
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from swinq.errors import ConfigError, SwinqError
 from swinq.quant.insert import float_layers, named_quantizers
 from swinq.train.distill import Distillation
+from swinq.train.qat import StoppedError
 from tests.train.jobs import Judge, run_job, tiny_calibrated
 
 RANK_JOB = Path(__file__).with_name("rank_job.py")
@@ -136,6 +138,25 @@ def test_the_average_is_what_is_judged(tmp_path: Path) -> None:
     run_job(tmp_path / "plain", model)
     run_job(tmp_path / "average", averaged, ema=0.999)
     assert 0 < furthest(before, parameters(averaged)) < furthest(before, parameters(model))
+
+
+def test_a_signal_while_the_last_step_is_judged_is_obeyed(tmp_path: Path) -> None:
+    judge = Judge(60.0, 61.0, 62.0)
+
+    def signalled(model: nn.Module) -> float:
+        if len(judge.seen) == 2:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        return Judge.judge(judge, model)
+
+    judge.judge = signalled  # type: ignore[method-assign]
+    with pytest.raises(StoppedError, match="after step 8 of 8") as stopped:
+        run_job(tmp_path, tiny_calibrated(), judge)
+    assert stopped.value.code == 138
+    assert run_job(tmp_path, tiny_calibrated(), Judge(62.0)).judged == [
+        (0, 60.0),
+        (4, 61.0),
+        (8, 62.0),
+    ]
 
 
 def test_another_job_in_the_same_folder_is_refused(tmp_path: Path) -> None:

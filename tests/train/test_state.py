@@ -3,6 +3,8 @@
 import errno
 import os
 import resource
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from swinq.errors import CheckpointError, ExportError
+from swinq.errors import CheckpointError, ConfigError, ExportError
 from swinq.train import state
 from swinq.train.state import CheckpointFolder
 from tests.train.ranks import start
@@ -33,6 +35,27 @@ def tensors(step: int) -> dict[str, Tensor]:
         "random.0.torch": torch.arange(256, dtype=torch.uint8),
         "half": torch.full((3,), step % 100, dtype=torch.float16),
     }
+
+
+HOLDS = """
+import sys, time
+from swinq.train.state import CheckpointFolder
+with CheckpointFolder(sys.argv[1]).alone():
+    print("holds", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_is_one_jobs_until_it_ends_or_is_killed(folder: CheckpointFolder) -> None:
+    command = [sys.executable, "-c", HOLDS, str(folder.folder)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None and other.stdout.readline() == "holds\n"
+        with pytest.raises(ConfigError, match="another job trains in") as caught, folder.alone():
+            pass
+        assert "--tag NAME" in caught.value.fix
+        other.kill()
+    with folder.alone():
+        folder.save(1, tensors(1), METADATA)
 
 
 def files(folder: CheckpointFolder) -> list[str]:

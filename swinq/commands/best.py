@@ -1,0 +1,57 @@
+"""The best model of a training job: kept when a validation beats all before, read at the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from swinq import api, console, distributed
+from swinq.calib.calibrate import Calibration
+from swinq.commands.session import Session
+from swinq.errors import SwinqError
+from swinq.export.calibrated import write_calibrated
+from swinq.models.layers import SwinBase
+from swinq.train.qat import Progress
+
+
+def best_path(session: Session) -> Path:
+    """Where the best so far is kept, in the job's own folder; other jobs may share the results'."""
+    return session.folder / "training" / "best.safetensors"
+
+
+def keep_best(session: Session, model: nn.Module) -> None:
+    """Write the model as the best so far, on rank 0."""
+    if not distributed.is_main():
+        return
+    found: Calibration = model.calibration  # type: ignore[assignment]
+    write_calibrated(
+        best_path(session),
+        model,
+        calibration=api.describe_calibration(found),
+        classes=getattr(model, "classes", None),
+        transform=session.transform(model).to_dict(),
+    )
+
+
+def load_best(session: Session, last: SwinBase, progress: Progress) -> dict[str, Tensor]:
+    """The state of the best model or, if its file is lost, of the last step's."""
+    path, problem = best_path(session), ""
+    if distributed.is_main():
+        try:
+            api.load(path)
+        except SwinqError as error:
+            problem = error.problem
+    if int(distributed.all_reduce_max_(torch.tensor(len(problem)))) == 0:
+        session.require_shared(path)
+        state: dict[str, Tensor] = api.load(path, device=session.device).state_dict()
+        return state
+    best_top1 = progress.best_top1
+    progress.best_step, progress.best_top1 = progress.judged[-1]
+    console.say(
+        f"warning: {problem}; the model of the last step is exported, with top-1 "
+        f"{progress.best_top1:.2f} % instead of {best_top1:.2f} %",
+        "warning",
+    )
+    return {name: tensor.clone() for name, tensor in last.state_dict().items()}
