@@ -13,23 +13,19 @@ from torch import Tensor
 import swinq
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.errors import ConfigError, DataError, EngineError, EngineFailedError, SwinqError
-from swinq.export.format import default_precision, layer_names
 from swinq.export.plain import collect_plain
 from swinq.int8 import choice, engine
 from swinq.int8 import device as devices
 from swinq.int8.engine import CudaSwin, Graph
-from swinq.int8.library import available
 from swinq.int8.model import Int8Swin
-from swinq.models.architecture import Architecture
 from tests.export.calibrated_model import lively_model
 from tests.int8 import fake_engine
 from tests.int8.made_checkpoint import (
     made_architecture,
     made_checkpoint,
-    overflowing_attention,
     write_made,
 )
-from tests.int8.test_model import VARIANTS, images, mixed_precision
+from tests.int8.test_model import images
 
 
 @pytest.fixture(scope="module")
@@ -297,171 +293,3 @@ def test_a_device_that_is_not_there_is_named(
     )
     with pytest.raises(ConfigError, match=words):
         swinq.load(path, device=device)
-
-
-# ---- the real library ----
-
-needs_library = pytest.mark.skipif(not available(), reason="libswinq is not built")
-PRECISIONS = ("int8", "mode 2", "mixed", "fp16")
-
-
-def on_gpu(arch: Architecture, precision: str) -> tuple[CudaSwin, Int8Swin]:
-    """A made-up model on the engine and, on the CPU, on the reference."""
-    mode = 2 if precision == "mode 2" else 1
-    table = {
-        "int8": default_precision(arch, 1),
-        "mode 2": default_precision(arch, 2),
-        "mixed": mixed_precision(arch, 1),
-        "fp16": dict.fromkeys(layer_names(arch), "fp16"),
-    }[precision]
-    checkpoint = made_checkpoint(arch, mode=mode, precision=table)
-    return CudaSwin(checkpoint), Int8Swin(checkpoint)
-
-
-@pytest.mark.gpu
-@needs_library
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("name", VARIANTS)
-def test_engine_agrees_with_the_reference(name: str, precision: str) -> None:
-    arch = VARIANTS[name]
-    model, reference = on_gpu(arch, precision)
-    batch = images(arch, 4)
-    wanted = reference(batch)
-    found = model(batch)
-    assert found.device.type == "cuda"
-    # exp, GELU and float sums differ in the last bits: single codes move, logits a little
-    assert (found.cpu() - wanted).abs().max() < 0.1 * wanted.std()
-
-
-@pytest.mark.gpu
-@needs_library
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize(("precision", "bound"), [("fp16", 0.02), ("fp32", 1e-3)])
-def test_float_models_agree_with_torch(version: int, precision: str, bound: float) -> None:
-    arch = made_architecture(version)
-    model = lively_model(arch)
-    batch = images(arch, 4)
-    with torch.no_grad():
-        wanted = model(batch)
-    found = CudaSwin(collect_plain(model, precision))(batch).cpu()
-    assert (found - wanted).abs().max() < bound * wanted.std()
-
-
-@pytest.mark.gpu
-@needs_library
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("version", [1, 2])
-def test_an_image_has_the_same_bits_in_any_company_stream_and_graph(
-    version: int, precision: str
-) -> None:
-    arch = made_architecture(version)
-    model, _ = on_gpu(arch, precision)
-    batch = images(arch, 11).cuda()
-    together = model(batch)
-    for size in (1, 2, 5):
-        for start in (0, 3, 6):
-            part = slice(start, start + size)
-            assert torch.equal(model(batch[part]), together[part])
-    order = torch.randperm(11)
-    assert torch.equal(model(batch[order]), together[order])
-    other = torch.cuda.Stream()
-    other.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(other):
-        aside = model(batch)
-    other.synchronize()
-    assert torch.equal(aside, together)
-    graph = model.graph(11)
-    for _ in range(3):
-        assert torch.equal(graph(batch), together)
-    assert torch.equal(graph(batch.flip(0)), together.flip(0))
-
-
-@pytest.mark.gpu
-@needs_library
-def test_streams_run_at_once_without_mixing() -> None:
-    arch = made_architecture()
-    model, _ = on_gpu(arch, "int8")
-    batches = [images(arch, 8).cuda() for _ in range(4)]
-    wanted = [model(batch) for batch in batches]
-    streams = [torch.cuda.Stream() for _ in batches]
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream())
-    found: list[Tensor] = []
-    for _ in range(20):
-        found = []
-        for stream, batch in zip(streams, batches, strict=True):
-            with torch.cuda.stream(stream):
-                found.append(model(batch, check=False))
-    torch.cuda.synchronize()
-    assert all(map(torch.equal, found, wanted))
-
-
-@pytest.mark.gpu
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
-@needs_library
-def test_forward_neither_waits_nor_allocates() -> None:
-    arch = made_architecture()
-    model, _ = on_gpu(arch, "int8")
-    batch = images(arch, 4).cuda()
-    model(batch)
-    free = torch.cuda.mem_get_info()[0]
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for _ in range(10):
-            model(batch, check=False)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    torch.cuda.synchronize()
-    assert torch.cuda.mem_get_info()[0] == free
-
-
-@pytest.mark.gpu
-@needs_library
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("version", [1, 2])
-def test_image_that_is_no_number_is_reported_and_spoils_no_other(
-    version: int, precision: str
-) -> None:
-    arch = made_architecture(version)
-    model, _ = on_gpu(arch, precision)
-    batch = images(arch, 4).cuda()
-    clean = model(batch)
-    for value in (float("nan"), float("inf"), -70000.0):
-        bad = batch.clone()
-        bad[2, 1, 5, 5] = value
-        with pytest.raises(DataError, match="image 2 of the batch"):
-            model(bad)
-        logits = model(bad, check=False)
-        assert logits[2].isnan().all()
-        assert torch.equal(logits[[0, 1, 3]], clean[[0, 1, 3]])
-    with pytest.raises(DataError, match="image 0 of the batch"):
-        model(torch.full_like(batch[:1], float("nan")).half())
-
-
-@pytest.mark.gpu
-@needs_library
-@pytest.mark.parametrize("name", ["patch_embed.norm.bias", "layers.0.blocks.0.mlp.fc2.bias"])
-def test_overflow_of_the_stream_is_reported_though_codes_would_hide_it(name: str) -> None:
-    arch = made_architecture()
-    checkpoint = made_checkpoint(arch, mode=2)
-    checkpoint.tensors[name][0] = 1e6
-    with pytest.raises(SwinqError, match="overflowed on image 0"):
-        CudaSwin(checkpoint)(images(arch, 1))
-
-
-@pytest.mark.gpu
-@needs_library
-@pytest.mark.parametrize(("version", "row"), [(1, 5), (1, 37), (1, 70), (2, 70)])
-def test_overflow_of_an_fp16_attention_is_reported_though_codes_would_hide_it(
-    version: int, row: int
-) -> None:
-    checkpoint = overflowing_attention(version, row)
-    with pytest.raises(SwinqError, match="overflowed on image 0"):
-        CudaSwin(checkpoint)(images(checkpoint.architecture, 1))
-
-
-@pytest.mark.gpu
-@needs_library
-def test_auto_takes_the_engine_on_a_gpu(tmp_path: Path) -> None:
-    path = write_made(tmp_path / "model.safetensors", made_architecture())
-    assert isinstance(choice.load(path, device="cuda"), CudaSwin)
