@@ -115,6 +115,7 @@ def cuda_model(
         device: a CUDA device.
 
     Raises:
+        ConfigError: there is no such GPU.
         ExportError: no float Swin, or weights beyond fp16.
         EngineError: libswinq is missing, or has no kernels for the device or the model.
     """

@@ -265,11 +265,15 @@ def _require_classes(path: Path, split: str, zip_mode: bool) -> None:
     folder = path / split
     if zip_mode or not folder.is_dir():
         return
-    with os.scandir(folder) as entries:
-        if not any(entry.is_dir() and not entry.name.startswith(".") for entry in entries):
-            raise DataError(
-                f"{folder} has no class folders", f"sort the images into {folder}/<class>/<image>"
-            )
+    try:
+        with os.scandir(folder) as entries:
+            found = any(entry.is_dir() and not entry.name.startswith(".") for entry in entries)
+    except OSError as error:
+        raise DataError(f"{folder} cannot be read: {error.strerror}", "check its rights") from error
+    if not found:
+        raise DataError(
+            f"{folder} has no class folders", f"sort the images into {folder}/<class>/<image>"
+        )
 
 
 def _existing(folder: Path) -> Path:

@@ -10,11 +10,12 @@ from __future__ import annotations
 import fcntl
 import os
 import re
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +31,7 @@ from swinq.files import write_atomically
 FORMAT, FORMAT_VERSION = "swinq-training", "1"
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 _LEFTOVERS = (".step-*.partial", ".tmp*")  # a killed writer's: ours, and those of safetensors
+PATIENCE_S = 30.0  # for a job that is ending, or a disk that has not yet heard of its end
 _HEADER_BYTES = 256  # a name, a digest and a shape
 
 
@@ -67,22 +69,30 @@ class CheckpointFolder:
         Jobs on other machines see it where the shared disk passes locks on.
 
         Raises:
-            ConfigError (rank 0): another job trains there.
+            ConfigError (rank 0): another job trains there, and goes on for PATIENCE_S.
+            ExportError (rank 0): the folder cannot be made.
         """
         if not distributed.is_main():
             yield
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self.folder / ".lock", "w") as file:
-            try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a killed process holds nothing
-            except (BlockingIOError, PermissionError) as error:
-                raise ConfigError(
-                    f"another job trains in {self.folder}",
-                    "wait until it has ended, or begin this one with another --tag NAME",
-                ) from error
-            except OSError:
-                pass  # a file system without locks
+        path = self.folder / ".lock"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w")  # noqa: SIM115  closed below
+        except OSError as error:
+            raise ExportError(
+                f"{path} cannot be written: {error.strerror}", "choose another folder with --output"
+            ) from error
+        with file:
+            deadline = time.monotonic() + PATIENCE_S
+            while not _locked(file):
+                if time.monotonic() > deadline:
+                    raise ConfigError(
+                        f"another job trains in {self.folder}",
+                        "wait until it has ended, or begin this one with another --tag NAME; if "
+                        f"there is none, delete {path}",
+                    )
+                time.sleep(0.2)
             yield
 
     def save(self, step: int, tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> Path:
@@ -156,6 +166,17 @@ class CheckpointFolder:
         """Checkpoints by step."""
         found = {path: _NAME.fullmatch(path.name) for path in self.folder.glob("step-*")}
         return {int(match[1]): path for path, match in found.items() if match}
+
+
+def _locked(file: TextIO) -> bool:
+    """Whether this process now holds the file; it does until it closes it or ends."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        return False
+    except OSError:
+        pass  # a file system without locks
+    return True
 
 
 def _write(

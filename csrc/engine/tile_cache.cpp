@@ -11,6 +11,7 @@
 #include <sys/file.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cctype>
 #include <cerrno>
 #include <cstdio>
@@ -78,30 +79,37 @@ bool parse_line(const std::string& line, Tiles& tiles) {
 }
 
 // Held by one thread of one process on this machine or, where the file system passes locks on, of
-// all that share it.
+// all that share it. Without locks of the file system there is none: the last one to add wins.
 class Lock {
   public:
-    explicit Lock(const std::string& path) : file_(open(path.c_str(), O_RDWR | O_CREAT, 0666)) {
+    explicit Lock(const std::string& path)
+        : file_(open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666)) {
         if (file_ < 0) {
             fail_to_write(path, errno);
         }
-        while (flock(file_, LOCK_EX) != 0) {
-            if (errno != EINTR) {
-                const int error = errno;
-                close(file_);
-                fail_to_write(path, error);
-            }
+        while (flock(file_, LOCK_EX) != 0 && errno == EINTR) {
         }
     }
     Lock(const Lock&) = delete;
     Lock& operator=(const Lock&) = delete;
-    ~Lock() { close(file_); }
+    ~Lock() {
+        flock(file_, LOCK_UN);  // a child of a fork by another thread may keep the file open
+        close(file_);
+    }
 
   private:
     const int file_;
 };
 
-// A new file beside the final one, complete and on the disk.
+// A name beside the final one that no other thread, process or machine takes.
+std::string partial_path(const std::string& path) {
+    static std::atomic<int> number;
+    char host[64] = {};
+    gethostname(host, sizeof host - 1);
+    return text(path, ".", host, ".", getpid(), ".", number++, ".partial");
+}
+
+// A new file, complete and on the disk.
 void write_file(const std::string& path, const std::string& content) {
     std::FILE* file = std::fopen(path.c_str(), "w");
     if (file == nullptr) {
@@ -208,7 +216,7 @@ void add_tiles(const std::string& path, const std::string& gpu, const Tiles& til
     const Lock lock(path + ".lock");
     Tiles all = tiles;
     all.merge(read_tiles(path, gpu));  // keeps what is new where both have a GEMM
-    const std::string partial = path + ".partial";
+    const std::string partial = partial_path(path);
     write_file(partial, format_tiles(gpu, all));
     fs::rename(partial, path, error);
     if (error) {

@@ -19,6 +19,8 @@
 #include "engine/tile_cache.h"
 #include "engine/weights.h"
 #include "include/swinq.h"
+#include "kernels/attention.h"
+#include "kernels/patch_embed.h"
 #include "tests/engine_test.h"
 
 namespace swinq::testing {
@@ -105,6 +107,34 @@ void test_scales() {
           "scales of q, k and v");
     const float table[6] = {0, 1, 2, 3, 4, 5};
     check(transposed(table, 3, 2) == std::vector<float>({0, 2, 4, 1, 3, 5}), "transposed table");
+}
+
+// What plans refuse by: Swin fits every GPU, patches of 16 with 192 channels none.
+void test_shared_memory() {
+    PatchEmbedArguments p = {};
+    p.stream = Type::kHalf;
+    p.in_chans = 3;
+    for (const int channels : {96, 128, 192}) {
+        p.patch_size = 4;
+        p.channels = channels;
+        check(patch_embed_shared_bytes(p) <= 48 * 1024, text("a patch of 4, ", channels));
+    }
+    p.patch_size = 16;
+    check(patch_embed_shared_bytes(p) > 232448, "a patch of 16, 192 channels");
+    p.stream = Type::kFloat;
+    check(patch_embed_shared_bytes(p) == 0, "none of it is asked for in fp32");
+    AttentionArguments a = {};
+    for (const Type type : {Type::kInt8, Type::kHalf}) {
+        a.type = type;
+        a.window = 7;
+        check(attention_shared_bytes(a) == 0, "a small window");
+        a.window = 24;
+        check(attention_shared_bytes(a) <= 48 * 1024, "a window of 24");
+        a.window = 150;
+        check(attention_shared_bytes(a) > 232448, "a window of 150");
+    }
+    a.type = Type::kFloat;
+    check(attention_shared_bytes(a) == 0, "any window in fp32");
 }
 
 // ---- tile cache ----
@@ -330,6 +360,7 @@ int main() {
     test_safetensors(folder);
     test_mistakes();
     test_without_gpu();
+    test_shared_memory();
     test_tile_cache(folder);
     fs::remove_all(folder);
     std::printf("%d checks, %d failed\n", checked, failed);

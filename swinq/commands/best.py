@@ -35,8 +35,15 @@ def keep_best(session: Session, model: nn.Module) -> None:
     )
 
 
-def load_best(session: Session, last: SwinBase, progress: Progress) -> dict[str, Tensor]:
-    """The state of the best model or, if its file is lost, of the last step's."""
+def load_best(
+    session: Session, last: SwinBase, before: dict[str, Tensor], progress: Progress
+) -> dict[str, Tensor]:
+    """The state of the best model or, if its file is lost, of the last step's.
+
+    Args:
+        last: the model of the last step. before: the state of the one before training, which may
+            be the best. progress: says which is; it is changed where another is taken.
+    """
     path, problem = best_path(session), ""
     if distributed.is_main():
         try:
@@ -47,6 +54,8 @@ def load_best(session: Session, last: SwinBase, progress: Progress) -> dict[str,
         session.require_shared(path)
         state: dict[str, Tensor] = api.load(path, device=session.device).state_dict()
         return state
+    if progress.best_step == 0:
+        return before
     best_top1 = progress.best_top1
     progress.best_step, progress.best_top1 = progress.judged[-1]
     console.say(

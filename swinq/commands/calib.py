@@ -45,6 +45,7 @@ def run(config: Config) -> int:
     """Run the whole of --calib; rank 0 writes."""
     session = Session.open(config)
     session.spare_what_is_read(session.calibrated_path())
+    session.begin()
     spec = QuantSpec.from_config(config.QUANT)
     model = load_model(session, ranges=False)  # a calibrated checkpoint's are found anew
     if isinstance(model, IntegerModel):

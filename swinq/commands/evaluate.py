@@ -16,6 +16,7 @@ from swinq.files import write_atomically
 def run(config: Config) -> int:
     """Evaluate what --resume names on the validation images; print and save the scores."""
     session = Session.open(config, "eval")
+    session.begin()
     model = load_model(session)
     dataset = session.dataset("val", model)
     console.say(f"images: {dataset.description}, {session.transform(model)}")

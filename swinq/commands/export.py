@@ -11,6 +11,7 @@ from swinq.errors import ExportError
 def run(config: Config) -> int:
     """Write the INT8 checkpoint of each mode asked for, on rank 0."""
     session = Session.open(config, "export")
+    session.begin()
     model = load_model(session)
     if not hasattr(model, "quant_spec"):
         raise ExportError(

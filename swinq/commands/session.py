@@ -42,6 +42,7 @@ class Session:
     Attributes:
         config: resolved. device: of this rank. name: the model's, for folders and reports.
         folder: where results go. checkpoints: where calibrated and exported files go.
+        action: what it does: calib, eval, export, throughput or train.
     """
 
     config: Config
@@ -49,15 +50,14 @@ class Session:
     name: str
     folder: Path
     checkpoints: Path
+    action: str
 
     @classmethod
     def open(cls, config: Config, action: str = "calib") -> Session:
-        """Name the run and, on rank 0, make its folder and save the resolved configuration.
+        """Name the run; nothing is written before `begin`.
 
         Args:
-            action: calib's configuration is config.yaml, another's config_<action>.yaml, so that
-                a later look at a run's files does not replace what they were made with. What
-                train makes is called <model>_qat, in a folder qat if no tag is given.
+            action: what train makes is called <model>_qat, in a folder qat if no tag is given.
         """
         if config.DEMO:
             torch.set_num_threads(1)  # the micro-Swin is too small to be worth sharing out
@@ -69,19 +69,26 @@ class Session:
         folder = Path(config.OUTPUT) / name / tag
         device = distributed.select_device(config.DEVICE)
         choice.require(config.ENGINE, device)  # before anything is computed
-        session = cls(
+        return cls(
             config=config,
             device=device,
             name=f"{name}_qat" if action == "train" else name,
             folder=folder,
             checkpoints=Path(config.CALIB.OUTPUT_PATH or folder),
+            action=action,
         )
-        saved = "config.yaml" if action == "calib" else f"config_{action}.yaml"
+
+    def begin(self) -> None:
+        """On rank 0, make the folder and save the resolved configuration; all ranks call this.
+
+        That of calib is config.yaml, another's config_<action>.yaml, so that a later look at a
+        run's files does not replace what they were made with.
+        """
+        saved = "config.yaml" if self.action == "calib" else f"config_{self.action}.yaml"
         if distributed.is_main():
-            configuration.save(config, folder / saved)
-        if action in ("calib", "train"):  # ranks read what rank 0 writes, at the latest at the end
-            session.require_shared(folder / saved)
-        return session
+            configuration.save(self.config, self.folder / saved)
+        if self.action in ("calib", "train"):  # ranks read what rank 0 writes, at the latest then
+            self.require_shared(self.folder / saved)
 
     def require_shared(self, *paths: Path) -> None:
         """Wait for files that rank 0 writes, and check that every rank finds them; all call this.
@@ -119,14 +126,15 @@ class Session:
         """Where the calibrated checkpoint goes."""
         return self.checkpoints / f"{self.name}_calib.safetensors"
 
-    def spare_what_is_read(self, written: Path) -> None:
+    def spare_what_is_read(self, written: Path, *, teacher: str = "") -> None:
         """Refuse to write over the checkpoint that a run starts from, or its teacher.
 
         Raises:
             ConfigError: `written` is one of them.
         """
-        start, teacher = weights_of(self.config), self.config.QAT.DISTILL.TEACHER
-        for flag, path in (("--resume", start), ("--teacher", teacher)):
+        model = self.config.MODEL
+        start = "--pretrained" if model.PRETRAINED and not model.RESUME else "--resume"
+        for flag, path in ((start, weights_of(self.config)), ("--teacher", teacher)):
             if path and Path(path).resolve() == written.resolve():
                 raise ConfigError(
                     f"{flag} {path} is the file that this run would write: it could not be "

@@ -20,6 +20,7 @@ def run(config: Config) -> int:
         CheckpointError: a mode is asked for, and there is no checkpoint whose ranges it could use.
     """
     session = Session.open(config, "throughput")
+    session.begin()
     model: Any
     if weights_of(config) is None:
         if config.INT8.MODE:

@@ -49,8 +49,9 @@ def run(config: Config) -> int:
     if config.QAT.DETERMINISTIC:
         _require_determinism()
     session = Session.open(config, "train")
-    session.spare_what_is_read(session.trained_path())
+    session.spare_what_is_read(session.trained_path(), teacher=config.QAT.DISTILL.TEACHER)
     with _checkpoints(session).alone():
+        session.begin()
         return _train(session)
 
 
@@ -92,7 +93,7 @@ def _train(session: Session) -> int:
         console.say(str(stopped), "warning")
         return stopped.code
     calibration = (sample, seconds)
-    best = load_best(session, quantized, progress)
+    best = load_best(session, quantized, before, progress)
     outcome = _finish(session, float_model, quantized, (before, best), calibration, (images, val))
     outcome = replace(outcome, training=_summary(session, settings, progress, images))
     if distributed.is_main():
@@ -264,18 +265,21 @@ def _distillation(
                 f"--teacher {distill.TEACHER} is an exported INT8 checkpoint, wanted a float one",
                 "give the checkpoint it was made from, or leave --teacher out",
             )
-        check_class_order(
-            getattr(float_model, "classes", None) or [],
-            getattr(teacher, "classes", None),
-            "the model",
-        )
-        ours, theirs = float_model.arch, teacher.arch
+        ours, theirs = (getattr(model, "classes", None) for model in (float_model, teacher))
+        try:
+            check_class_order(ours or [], theirs, "the model")
+        except DataError as error:
+            raise ConfigError(
+                f"--teacher {distill.TEACHER}: {error.problem}",
+                "give a teacher with the same classes in the same order",
+            ) from error
+        mine, other = float_model.arch, teacher.arch
         alike = ("embed_dim", "patch_size", "depths") if settings.features else ()
         for name in ("num_classes", "img_size", *alike):
-            if getattr(ours, name) != getattr(theirs, name):
+            if getattr(mine, name) != getattr(other, name):
                 raise ConfigError(
-                    f"--teacher {distill.TEACHER} has {name} {getattr(theirs, name)}, the model "
-                    f"{getattr(ours, name)}",
+                    f"--teacher {distill.TEACHER} has {name} {getattr(other, name)}, the model "
+                    f"{getattr(mine, name)}",
                     "give a teacher for the same images and classes"
                     + (", of the same shape, or set QAT.DISTILL.FEATURES to 0" if alike else ""),
                 )

@@ -133,9 +133,10 @@ def check_class_order(found: Sequence[str], recorded: Sequence[str] | None, plac
     Raises:
         DataError: names the first such class.
     """
-    known = {name: number for number, name in enumerate(recorded or [])}
+    recorded = recorded or []
+    known = {name: number for number, name in enumerate(recorded)}
     for number, name in enumerate(found):
-        if name in known and recorded is not None and recorded[number : number + 1] != [name]:
+        if name in known and (number >= len(recorded) or recorded[number] != name):
             raise DataError(
                 f"class {shown(name)} is number {number} in {place}, and number {known[name]} in "
                 "the checkpoint",

@@ -21,6 +21,10 @@ MAX_ENCODED_BYTES = 256 * 2**20  # larger files are no training images but decom
 _SHOWN = 5  # names in a message before "and N more"
 
 
+class UnreadableImagesError(DataError):
+    """Images of a data set that cannot be read or decoded."""
+
+
 class UnreadableImageError(DataError):
     """One image that cannot be read or decoded.
 
@@ -75,7 +79,7 @@ def decode(data: bytes, name: str) -> Image.Image:
         raise UnreadableImageError(name, _reason(error)) from error
 
 
-def unreadable(failures: Sequence[tuple[str, str]], checked: int) -> DataError:
+def unreadable(failures: Sequence[tuple[str, str]], checked: int) -> UnreadableImagesError:
     """One error for several images.
 
     Args:
@@ -87,11 +91,8 @@ def unreadable(failures: Sequence[tuple[str, str]], checked: int) -> DataError:
     lines += [f"  {shown(name)}: {reason}" for name, reason in failures[:_SHOWN]]
     if len(failures) > _SHOWN:
         lines.append(f"  and {len(failures) - _SHOWN} more")
-    fix = (
-        "repair these files, or delete them, which makes another job of one that has begun to "
-        "train; images are never skipped or replaced silently"
-    )
-    return DataError("\n".join(lines), fix)
+    fix = "repair or delete these files; images are never skipped or replaced silently"
+    return UnreadableImagesError("\n".join(lines), fix)
 
 
 def shown(name: str) -> str:

@@ -9,6 +9,7 @@ import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import resource_tracker
 from typing import Protocol
 
 import torch
@@ -137,6 +138,7 @@ def _sigterm_blocked() -> Iterator[None]:
     if not hasattr(signal, "sigwaitinfo"):  # not on macOS: nothing there would wait for it
         yield
         return
+    resource_tracker.ensure_running()  # starting it, as a spawn does, would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     try:
         yield
@@ -150,6 +152,7 @@ def _leave_signals_to_parent(worker: int) -> None:
     for number in (signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})  # where a server has forked it
         threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from swinq.data.augment import Augmented
+from swinq.data.images import UnreadableImagesError
 from swinq.data.loader import BatchLoader
 from swinq.data.order import StepOrder
 
@@ -65,8 +66,14 @@ class TrainingLoader:
 
     def __iter__(self) -> Generator[TrainingBatch, None, None]:
         places = self._places.numbered()
-        for batch, (step, number) in zip(self._loader, places, strict=True):
-            yield TrainingBatch(batch.images, batch.labels, step, number)
+        try:
+            for batch, (step, number) in zip(self._loader, places, strict=True):
+                yield TrainingBatch(batch.images, batch.labels, step, number)
+        except UnreadableImagesError as error:
+            raise UnreadableImagesError(
+                error.problem,
+                "repair these files and repeat the command; without them it would be another job",
+            ) from error
 
 
 class _Places:

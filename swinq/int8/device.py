@@ -34,7 +34,7 @@ def require(device: str | torch.device) -> torch.device:
 
 
 def require_present(device: str | torch.device) -> None:
-    """Refuse a device that PyTorch does not have.
+    """Refuse a name that is no device's, and a GPU that PyTorch does not see.
 
     Raises:
         ConfigError: no such device, or a GPU where none, or none of that number, is visible.

@@ -40,6 +40,7 @@ class CudaSwin:
             device: a CUDA device, the current one if it says no index.
 
         Raises:
+            ConfigError: there is no such GPU.
             EngineError: libswinq is missing, or has no kernels for the device or the model.
         """
         self.device = devices.require(device)

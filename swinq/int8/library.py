@@ -119,7 +119,7 @@ def _require_whole(path: Path) -> None:
     """
     with open(path, "rb") as file:
         head = file.read(_ELF_HEADER.size)
-    if len(head) < _ELF_HEADER.size or not head.startswith(b"\x7fELF"):
+    if len(head) < _ELF_HEADER.size or not head.startswith(b"\x7fELF\2"):
         return  # the loader says what it is
     _, table, entry, count = _ELF_HEADER.unpack(head)
     size = path.stat().st_size

@@ -371,6 +371,7 @@ def test_a_calibrated_file_is_not_calibrated_over_itself(demo: Demo, tmp_path: P
     message = refused(*again, "--output", tmp_path / "results")
     assert f"--resume {file} is the file that this run would write" in message
     assert "--tag NAME" in message and file.read_bytes() == before
+    assert not (tmp_path / "results").exists()  # nor is the configuration of another run replaced
 
 
 def test_float_weights_of_the_calibrated_file_are_the_ones_it_was_given(demo: Demo) -> None:

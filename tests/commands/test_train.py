@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,9 +11,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+import swinq
 from swinq.commands import train
+from swinq.commands.best import load_best
 from swinq.demo.checkpoint import CHECKPOINT
+from swinq.quant.insert import quantize_model
+from swinq.train.qat import Progress
 from tests.commands.command_line import done, metadata_of, refused, tensors_of, write_digits
+from tests.quant.recipes import recipe
 
 JOB = (
     *("--train", "--cfg", "demo", "--num-epochs", "1", "--num-calib-batch", "1"),
@@ -92,9 +98,8 @@ def test_other_images_make_another_job_and_the_same_elsewhere_do_not(tmp_path: P
 
 
 @pytest.mark.parametrize("lost", ["damaged", "empty", "gone"])
-def test_a_lost_best_model_gives_way_to_the_last_one(
-    trained: Path, tmp_path: Path, lost: str
-) -> None:
+def test_a_lost_best_model_is_no_dead_end(trained: Path, tmp_path: Path, lost: str) -> None:
+    """Here it is the one before training, which calibrating anew has found again."""
     folder = tmp_path / "micro_swin_digits" / "qat"
     shutil.copytree(trained, folder)
     best = folder / "training" / "best.safetensors"
@@ -103,11 +108,23 @@ def test_a_lost_best_model_gives_way_to_the_last_one(
     best.write_bytes(content if lost == "damaged" else b"")
     if lost == "gone":
         best.unlink()
-    ran = done(*FINETUNE, "--output", tmp_path)
-    assert f"{best}" in ran.out and "the model of the last step is exported, with top-1" in ran.out
-    newest = tensors_of(folder / "training" / "step-00000002.safetensors")
-    weight = tensors_of(folder / TRAINED)["head.weight"]
-    assert torch.equal(weight, newest["model.head.weight"])
+    (folder / EXPORTED.format(1)).unlink()
+    done(*FINETUNE, "--output", tmp_path)
+    for name in (TRAINED, EXPORTED.format(1)):
+        assert (folder / name).read_bytes() == (trained / name).read_bytes()
+
+
+def test_where_a_trained_best_model_is_lost_the_last_one_is_taken(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    last = quantize_model(swinq.load(CHECKPOINT), recipe("int8"))
+    session: Any = SimpleNamespace(folder=tmp_path, device="cpu")
+    progress = Progress(judged=[(0, 50.0), (4, 70.0), (8, 60.0)], best_step=4, best_top1=70.0)
+    state = load_best(session, last, {}, progress)
+    assert state.keys() == last.state_dict().keys()
+    assert torch.equal(state["head.weight"], last.state_dict()["head.weight"])
+    assert (progress.best_step, progress.best_top1) == (8, 60.0)
+    assert "exported, with top-1 60.00 % instead of 70.00 %" in capsys.readouterr().out
 
 
 def test_ranges_that_are_found_a_bit_differently_do_not_end_a_job(
@@ -154,7 +171,8 @@ def test_a_teacher_with_its_classes_in_another_order_is_refused(tmp_path: Path) 
     teacher = tmp_path / "teacher.safetensors"
     save_file(tensors_of(CHECKPOINT), teacher, metadata)
     message = refused(*FINETUNE, "--teacher", teacher, "--output", tmp_path)
-    assert "class 0 is number 0 in the model, and number 9 in the checkpoint" in message
+    wanted = f"--teacher {teacher}: class 0 is number 0 in the model, and number 9"
+    assert wanted in message and "in the same order" in message
 
 
 def test_what_a_job_reads_is_not_what_it_writes(trained: Path, tmp_path: Path) -> None:

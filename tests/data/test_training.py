@@ -110,8 +110,10 @@ def test_unreadable_images_stop_the_training_by_name(
         numbers=range(3),
         num_workers=workers,
     )
-    with pytest.raises(DataError, match="train/bee/bee_1.png: not an image"):
+    with pytest.raises(DataError, match="train/bee/bee_1.png: not an image") as caught:
         list(loader)
+    assert caught.value.problem.count("bee_1.png") == 1  # though two epochs met it
+    assert "repair" in caught.value.fix and "another job" in caught.value.fix
 
 
 def test_a_zip_and_its_folder_give_the_same_batches(

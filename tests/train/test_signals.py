@@ -118,9 +118,12 @@ def thread_in_each_worker() -> Iterator[None]:
 
 @pytest.mark.usefixtures("thread_in_each_worker")
 @pytest.mark.parametrize("number", CODES, ids=lambda value: str(int(value)))
-def test_data_workers_outlive_a_signal_to_the_whole_group(number: int) -> None:
+@pytest.mark.parametrize("start_method", ["fork", pytest.param("spawn", marks=pytest.mark.slow)])
+def test_data_workers_outlive_a_signal_to_the_whole_group(number: int, start_method: str) -> None:
     with StopRequest() as stop:
-        loaded = iter(BatchLoader(Slow(), [[n] for n in range(12)], num_workers=2))
+        loaded = iter(
+            BatchLoader(Slow(), [[n] for n in range(12)], num_workers=2, start_method=start_method)
+        )
         workers = {int(next(loaded).labels) for _ in range(4)}
         assert len(workers) == 2 and os.getpid() not in workers
         for worker in workers:  # from a stranger, as a scheduler is

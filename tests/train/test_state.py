@@ -46,7 +46,10 @@ with CheckpointFolder(sys.argv[1]).alone():
 """
 
 
-def test_a_folder_is_one_jobs_until_it_ends_or_is_killed(folder: CheckpointFolder) -> None:
+def test_a_folder_is_one_jobs_until_it_ends_or_is_killed(
+    folder: CheckpointFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(state, "PATIENCE_S", 0.5)
     command = [sys.executable, "-c", HOLDS, str(folder.folder)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout is not None and other.stdout.readline() == "holds\n"
