@@ -183,7 +183,7 @@ def test_slurm_job_gives_every_node_the_same_rendezvous(checkout: Path, action: 
     script = f"slurm_{action}.sbatch"
     ran = run(checkout, script, "/data/imagenet", "swin.pth", **slurm(checkout, ECHO))
     assert ran.returncode == 0, ran.stderr
-    assert "srun --cpus-per-task 48 .venv/bin/torchrun" in ran.stdout
+    assert "srun --cpus-per-task 48 --kill-on-bad-exit=1 .venv/bin/torchrun" in ran.stdout
     assert "--nnodes 2 --nproc_per_node 4" in ran.stdout
     assert "--rdzv_endpoint node7:23456" in ran.stdout
     assert f"swinq/main.py --{action} --data-path /data/imagenet --resume swin.pth" in ran.stdout
