@@ -246,7 +246,7 @@ def main() -> int:
     args = parsed()
     device = distributed.select_device(args.device)
     distributed.init()
-    sharded = args.parallel == "fsdp" and distributed.world_size() > 1
+    sharded = parallel.is_sharded(args.parallel)
     fits = can_capture(device, checkpointing=args.checkpointing, sharded=sharded)
     args.graphs = fits and not args.no_graphs
     arch = find_variant(args.cfg)

@@ -59,7 +59,7 @@ def checks(action: str, config: Config) -> dict[str, Callable[[], str]]:
     if "MODEL.TYPE" in config.origins:
         looks["model"] = lambda: _model(config)
     if weights:
-        flag = "--resume" if config.MODEL.RESUME else "--pretrained"
+        flag = weights_flag(config)
         looks["checkpoint"] = lambda: _checkpoint(Path(weights), flag, action, config.INT8.MODE)
     if action == "train" and config.QAT.DISTILL.TEACHER:
         looks["teacher"] = lambda: _checkpoint(
@@ -85,6 +85,11 @@ def checks(action: str, config: Config) -> dict[str, Callable[[], str]]:
     if action != "export":
         looks["engine"] = lambda: _engine(config.ENGINE, config.DEVICE)
     return looks
+
+
+def weights_flag(config: Config) -> str:
+    """The flag that names the weights."""
+    return "--pretrained" if config.MODEL.PRETRAINED and not config.MODEL.RESUME else "--resume"
 
 
 def architecture(config: Config) -> Architecture:

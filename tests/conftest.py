@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+from tests.threads import threads_of_torch
+
 if TYPE_CHECKING:
     from swinq.models.architecture import Architecture
 
@@ -108,7 +110,5 @@ def tiny_architecture_v2() -> "Architecture":
 @pytest.fixture
 def single_thread() -> Iterator[None]:
     """One thread for the length of a test that compares bits of float sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with threads_of_torch(1):
+        yield

@@ -56,6 +56,11 @@ def _units(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, WindowBlock) or id(m) in merges]
 
 
+def is_sharded(kind: str) -> bool:
+    """Whether `wrap` will share out the weights over these ranks."""
+    return kind == "fsdp" and distributed.world_size() > 1
+
+
 def wrap(student: nn.Module, kind: str, device: torch.device) -> nn.Module:
     """Spread training over the ranks; alone, or for "none", the student stays as it is.
 

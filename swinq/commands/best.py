@@ -8,31 +8,21 @@ import torch
 from torch import Tensor, nn
 
 from swinq import api, console, distributed
-from swinq.calib.calibrate import Calibration
 from swinq.commands.session import Session
 from swinq.errors import SwinqError
-from swinq.export.calibrated import write_calibrated
 from swinq.models.layers import SwinBase
 from swinq.train.qat import Progress
 
 
 def best_path(session: Session) -> Path:
-    """Where the best so far is kept, in the job's own folder; other jobs may share the results'."""
-    return session.folder / "training" / "best.safetensors"
+    """Where the best so far is kept."""
+    return session.training_folder / "best.safetensors"
 
 
 def keep_best(session: Session, model: nn.Module) -> None:
     """Write the model as the best so far, on rank 0."""
-    if not distributed.is_main():
-        return
-    found: Calibration = model.calibration  # type: ignore[assignment]
-    write_calibrated(
-        best_path(session),
-        model,
-        calibration=api.describe_calibration(found),
-        classes=getattr(model, "classes", None),
-        transform=session.transform(model).to_dict(),
-    )
+    if distributed.is_main():
+        session.write_calibrated(best_path(session), model)
 
 
 def load_best(
@@ -44,15 +34,17 @@ def load_best(
         last: the model of the last step. before: the state of the one before training, which may
             be the best. progress: says which is; it is changed where another is taken.
     """
-    path, problem = best_path(session), ""
+    path, problem, found = best_path(session), "", None
     if distributed.is_main():
         try:
-            api.load(path)
+            found = api.load(path, device=session.device)
         except SwinqError as error:
             problem = error.problem
     if int(distributed.all_reduce_max_(torch.tensor(len(problem)))) == 0:
         session.require_shared(path)
-        state: dict[str, Tensor] = api.load(path, device=session.device).state_dict()
+        if found is None:
+            found = api.load(path, device=session.device)
+        state: dict[str, Tensor] = found.state_dict()
         return state
     if progress.best_step == 0:
         return before

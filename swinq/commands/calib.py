@@ -17,7 +17,6 @@ from swinq.config import Config
 from swinq.data.dataset import ImageDataset
 from swinq.data.sampling import calibration_indices, sample_digest
 from swinq.errors import ConfigError
-from swinq.export.calibrated import write_calibrated
 from swinq.int8.choice import IntegerModel
 from swinq.quant.insert import set_int8_mode
 from swinq.quant.spec import QuantSpec
@@ -162,8 +161,6 @@ def _write_checkpoints(
 ) -> tuple[dict[str, Path], list[str]]:
     """Write the calibrated checkpoint and each mode's INT8 one on rank 0; name them on all."""
     spec: QuantSpec = quantized.quant_spec  # type: ignore[assignment]
-    found: Calibration = quantized.calibration  # type: ignore[assignment]
-    transform = session.transform(quantized)
     files = {"calibrated": calibrated}
     notes: list[str] = []
     problem = spec.exportable_problem()
@@ -173,13 +170,8 @@ def _write_checkpoints(
         notes.append(f"not exported: {problem}")
         console.say(f"note: {notes[-1]}", "warning")
     if distributed.is_main():
-        write_calibrated(
-            files["calibrated"],
-            quantized,
-            calibration=api.describe_calibration(found),
-            classes=getattr(quantized, "classes", None),
-            transform=transform.to_dict(),
-        )
+        session.write_calibrated(calibrated, quantized)
+        transform = session.transform(quantized)
         for mode in session.modes if problem is None else ():
             api.export(quantized, session.int8_path(mode), int8_mode=mode, transform=transform)
         for label, path in files.items():

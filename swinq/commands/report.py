@@ -200,8 +200,8 @@ def _quantizers(session: Session, outcome: Outcome, batches: list[Tensor]) -> li
     used = used_quantizers(outcome.quantized)
     clipped = measure_clipping(outcome.quantized, list(used), batches) if batches else {}
     edges = bin_edges()
-    training = outcome.training  # its best may be the model as it was calibrated
-    learned = training.learned_ranges if training and training.best_step else []
+    training = outcome.training
+    learned = training.learned_ranges if training and training.exports_trained else []
     rows = []
     for name, quantizer in named_quantizers(outcome.quantized).items():
         if name not in used:

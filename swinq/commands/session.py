@@ -26,6 +26,7 @@ from swinq.data.transforms import EvalTransform, eval_transform
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.errors import ConfigError
 from swinq.evaluate import Predictions, evaluate
+from swinq.export.calibrated import write_calibrated
 from swinq.int8 import choice
 from swinq.int8.choice import IntegerModel
 from swinq.models.architecture import Architecture
@@ -126,14 +127,28 @@ class Session:
         """Where the calibrated checkpoint goes."""
         return self.checkpoints / f"{self.name}_calib.safetensors"
 
+    @property
+    def training_folder(self) -> Path:
+        """Where a training job keeps its checkpoints; other jobs may share the results' folder."""
+        return self.folder / "training"
+
+    def write_calibrated(self, path: Path, model: Any) -> None:
+        """Write a calibrated model with what a reader wants to know of it; rank 0 alone calls."""
+        write_calibrated(
+            path,
+            model,
+            calibration=api.describe_calibration(model.calibration),
+            classes=getattr(model, "classes", None),
+            transform=self.transform(model).to_dict(),
+        )
+
     def spare_what_is_read(self, written: Path, *, teacher: str = "") -> None:
         """Refuse to write over the checkpoint that a run starts from, or its teacher.
 
         Raises:
             ConfigError: `written` is one of them.
         """
-        model = self.config.MODEL
-        start = "--pretrained" if model.PRETRAINED and not model.RESUME else "--resume"
+        start = preflight.weights_flag(self.config)
         for flag, path in ((start, weights_of(self.config)), ("--teacher", teacher)):
             if path and Path(path).resolve() == written.resolve():
                 raise ConfigError(

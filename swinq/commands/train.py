@@ -33,6 +33,7 @@ from swinq.report.schema import TrainingPoint, TrainingSummary, ValidationPoint
 from swinq.train.distill import Distillation
 from swinq.train.graphs import can_capture
 from swinq.train.monitor import Monitor
+from swinq.train.parallel import is_sharded
 from swinq.train.qat import Progress, StoppedError, Surroundings, train
 from swinq.train.settings import Settings
 from swinq.train.state import CheckpointFolder
@@ -104,7 +105,7 @@ def _train(session: Session) -> int:
 
 
 def _checkpoints(session: Session) -> CheckpointFolder:
-    return CheckpointFolder(session.folder / "training", keep=session.config.QAT.KEEP)
+    return CheckpointFolder(session.training_folder, keep=session.config.QAT.KEEP)
 
 
 def settings_of(config: Config, device: torch.device) -> Settings:
@@ -112,7 +113,7 @@ def settings_of(config: Config, device: torch.device) -> Settings:
     qat, trained = config.QAT, config.TRAIN
     distill, ranks, on_gpu = qat.DISTILL, distributed.world_size(), device.type == "cuda"
     step = config.DATA.BATCH_SIZE * trained.ACCUMULATION_STEPS * ranks
-    sharded = qat.PARALLEL == "fsdp" and ranks > 1
+    sharded = is_sharded(qat.PARALLEL)
     return Settings(
         epochs=qat.EPOCHS,
         seed=config.SEED,

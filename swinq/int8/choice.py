@@ -85,4 +85,5 @@ def require(engine: str, device: str | torch.device) -> None:
         )
     if engine == CUDA:
         devices.require(device)
-    devices.require_present(device)
+    else:
+        devices.require_present(device)

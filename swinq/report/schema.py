@@ -246,6 +246,11 @@ class TrainingSummary:
     curve: list[TrainingPoint] = field(default_factory=list)
     validations: list[ValidationPoint] = field(default_factory=list)
 
+    @property
+    def exports_trained(self) -> bool:
+        """Whether what was exported is a trained model, and not the calibrated one before it."""
+        return self.best_step > 0 or not self.validations
+
 
 @dataclass
 class Verdict:

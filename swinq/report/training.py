@@ -30,7 +30,7 @@ def training_facts(summary: TrainingSummary) -> list[tuple[str, str]]:
         ("Learned from", " and ".join(_sources(summary))),
     ]
     exported = f"the model after step {summary.best_step or summary.steps:,}"
-    if summary.validations and not summary.best_step:
+    if not summary.exports_trained:
         exported = "the calibrated model, as it was before training: no step was better"
     return [*facts, ("Exported", exported)]
 

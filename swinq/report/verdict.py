@@ -171,8 +171,7 @@ def layer_verdicts(report: Report) -> list[Verdict]:
     verdicts = []
     errors = report.layer_errors
     # errors are against the float model from before training, which changed layers on purpose
-    job = report.training
-    trained = job is not None and (job.best_step > 0 or not job.validations)
+    trained = report.training is not None and report.training.exports_trained
     level: Level = "note" if trained else "warning"
     noise = "What rounding and training changed" if trained else "Noise"
     if dead := [row for row in errors if row.dead_channels]:

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
 
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.report.schema import from_json
 from tests.commands.command_line import done, tensors_of, write_digits
 from tests.commands.conftest import Demo
+from tests.threads import threads_of_torch
 
 ROOT = Path(__file__).parents[2]
 FILES = ("calib", "int8_mode1", "int8_mode2")
@@ -43,11 +43,9 @@ def launched(
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The demo calibrated by one process on 3 batches of 5 digits; sums of floats in one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     output = tmp_path_factory.mktemp("alone")
-    done(*CALIB, "--output", output, "--num-calib-batch", "3", "--calib-batchsz", "5")
-    torch.set_num_threads(threads)
+    with threads_of_torch(1):
+        done(*CALIB, "--output", output, "--num-calib-batch", "3", "--calib-batchsz", "5")
     yield output / "micro_swin_digits" / "default"
 
 

@@ -118,7 +118,7 @@ def test_where_a_trained_best_model_is_lost_the_last_one_is_taken(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     last = quantize_model(swinq.load(CHECKPOINT), recipe("int8"))
-    session: Any = SimpleNamespace(folder=tmp_path, device="cpu")
+    session: Any = SimpleNamespace(training_folder=tmp_path, device="cpu")
     progress = Progress(judged=[(0, 50.0), (4, 70.0), (8, 60.0)], best_step=4, best_top1=70.0)
     state = load_best(session, last, {}, progress)
     assert state.keys() == last.state_dict().keys()

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from swinq.errors import CheckpointError, DataError, SwinqError
 from swinq.export.format import UNROUNDED, default_precision, layer_names, layers
@@ -18,6 +20,7 @@ from tests.int8.made_checkpoint import (
     overflowing_attention,
     write_made,
 )
+from tests.threads import threads_of_torch
 
 VARIANTS = {
     "v1": made_architecture(1),
@@ -38,6 +41,18 @@ VARIANTS = {
 
 def images(arch: Architecture, count: int) -> torch.Tensor:
     return torch.randn(count, arch.in_chans, arch.img_size, arch.img_size)
+
+
+def require_same_bits_in_any_company(
+    model: Callable[[Tensor], Tensor], batch: Tensor, together: Tensor
+) -> None:
+    """Logits of parts of a batch of 11, and in another order, are those of all together."""
+    for size in (1, 2, 5):
+        for start in (0, 3, 6):
+            part = slice(start, start + size)
+            assert torch.equal(model(batch[part]), together[part])
+    order = torch.randperm(11)
+    assert torch.equal(model(batch[order]), together[order])
 
 
 def mixed_precision(arch: Architecture, mode: int) -> dict[str, str]:
@@ -72,13 +87,7 @@ def test_an_image_has_the_same_bits_in_any_company(name: str, precision: str) ->
     }[precision]
     model = Int8Swin(made_checkpoint(arch, precision=table))
     batch = images(arch, 11)
-    together = model(batch)
-    for size in (1, 2, 5):
-        for start in (0, 3, 6):
-            part = slice(start, start + size)
-            assert torch.equal(model(batch[part]), together[part])
-    order = torch.randperm(11)
-    assert torch.equal(model(batch[order]), together[order])
+    require_same_bits_in_any_company(model, batch, model(batch))
 
 
 @pytest.mark.parametrize("version", [1, 2])
@@ -96,12 +105,10 @@ def test_integer_layers_do_not_care_how_work_is_cut(
 def test_number_of_threads_changes_nothing_in_integer_layers() -> None:
     arch = made_architecture()
     model, batch = Int8Swin(made_checkpoint(arch)), images(arch, 4)
-    before = torch.get_num_threads()
     traces = []
     for threads in (1, 2):
-        torch.set_num_threads(threads)
-        traces.append(model.trace(batch))
-    torch.set_num_threads(before)
+        with threads_of_torch(threads):
+            traces.append(model.trace(batch))
     for name, codes in traces[0].items():
         if name != "logits":
             assert torch.equal(codes, traces[1][name]), name

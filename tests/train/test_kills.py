@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from torch import Tensor
 
 from swinq.train import qat
 from swinq.train.qat import StoppedError
 from swinq.train.state import CheckpointFolder
+from tests.threads import threads_of_torch
 from tests.train.jobs import run_job, tiny_calibrated
 from tests.train.kill_job import COMMAND, KINDS
 
@@ -38,11 +38,8 @@ def trained(folder: Path) -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def left_alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Tensor]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    state = trained(tmp_path_factory.mktemp("alone"))
-    torch.set_num_threads(threads)
-    return state
+    with threads_of_torch(1):
+        return trained(tmp_path_factory.mktemp("alone"))
 
 
 def check_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from swinq.data.loader import BatchLoader
 from swinq.train.signals import SIGNALS, StopRequest
+from tests.threads import threads_of_torch
 from tests.train.ranks import start
 
 CODES = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGINT: 130}
@@ -110,10 +111,8 @@ class Slow:
 @pytest.fixture
 def thread_in_each_worker() -> Iterator[None]:
     """One that torch starts, before the worker can say anything about signals."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+    with threads_of_torch(2):
+        yield
 
 
 @pytest.mark.usefixtures("thread_in_each_worker")
