@@ -85,7 +85,7 @@ DEFAULTS: dict[str, Any] = {
         "EMA": 0.0,  # decay of the averaged weights at each step; 0 = no average
         "AMP_TYPE": "bf16",
         "COMPILE": "auto",  # yes, no, or auto: on CUDA
-        "CUDA_GRAPHS": True,  # unless checkpointed or sharded
+        "CUDA_GRAPHS": True,  # of what is compiled, unless checkpointed or sharded
         "PARALLEL": "ddp",  # or fsdp, which shards what does not fit a GPU
         "DETERMINISTIC": False,
         "SAVE_STEPS": 0,  # between training checkpoints; 0: so that they take 2 % of the time

@@ -113,6 +113,8 @@ def settings_of(config: Config, device: torch.device) -> Settings:
     qat, trained = config.QAT, config.TRAIN
     distill, ranks, on_gpu = qat.DISTILL, distributed.world_size(), device.type == "cuda"
     step = config.DATA.BATCH_SIZE * trained.ACCUMULATION_STEPS * ranks
+    compiled = qat.COMPILE == "yes" or (qat.COMPILE == "auto" and on_gpu)
+    graphs = qat.CUDA_GRAPHS and compiled  # else the GPU is the limit, not the host
     sharded = is_sharded(qat.PARALLEL)
     return Settings(
         epochs=qat.EPOCHS,
@@ -133,8 +135,8 @@ def settings_of(config: Config, device: torch.device) -> Settings:
         amp=qat.AMP_TYPE if config.AMP_ENABLE and on_gpu else "fp32",
         drop_path=config.MODEL.DROP_PATH_RATE,
         checkpointing=trained.USE_CHECKPOINT,
-        compile_blocks=qat.COMPILE == "yes" or (qat.COMPILE == "auto" and on_gpu),
-        cuda_graphs=qat.CUDA_GRAPHS
+        compile_blocks=compiled,
+        cuda_graphs=graphs
         and can_capture(device, checkpointing=trained.USE_CHECKPOINT, sharded=sharded),
         parallel=qat.PARALLEL,
         deterministic=qat.DETERMINISTIC,

@@ -225,6 +225,7 @@ def test_what_the_graphs_read_may_not_move(tiny_architecture: Architecture) -> N
     "changes",
     [
         {"QAT.CUDA_GRAPHS": False},
+        {"QAT.COMPILE": "no"},
         {"TRAIN.USE_CHECKPOINT": True},
     ],
 )
