@@ -80,7 +80,7 @@ class Surroundings:
         images: the training images, with their augmentation. workers: processes that decode them.
         device: of this rank. identity: what a checkpoint must share with this job, plain JSON.
         judge: gives the top-1 of the plain model in percent; all ranks call it.
-        keep: stores the plain model as the best so far; all ranks call it.
+        keep: stores the plain model as the best so far, of a step, with a top-1; all ranks call it.
     """
 
     images: Augmented
@@ -92,7 +92,7 @@ class Surroundings:
     monitor: Monitor
     identity: dict[str, Any]
     judge: Callable[[nn.Module], float]
-    keep: Callable[[nn.Module], None]
+    keep: Callable[[nn.Module, int, float], None]
 
 
 def train(calibrated: SwinBase, around: Surroundings, settings: Settings) -> Progress:
@@ -288,7 +288,7 @@ class _Loop:
         self.around.monitor.ranges(self.calibrated)
         if top1 > progress.best_top1:
             progress.best_step, progress.best_top1 = step, top1
-            self.around.keep(self.calibrated)
+            self.around.keep(self.calibrated, step, top1)
         self.model.train()
 
     def _write_back(self) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from swinq import api, console, distributed
@@ -19,10 +21,11 @@ def best_path(session: Session) -> Path:
     return session.training_folder / "best.safetensors"
 
 
-def keep_best(session: Session, model: nn.Module) -> None:
-    """Write the model as the best so far, on rank 0."""
+def keep_best(session: Session, model: nn.Module, step: int, top1: float) -> None:
+    """Write the model as the best so far, on rank 0, with its step and top-1 in percent."""
     if distributed.is_main():
-        session.write_calibrated(best_path(session), model)
+        judged = {"step": step, "top1": top1}
+        session.write_calibrated(best_path(session), model, judged=judged)
 
 
 def load_best(
@@ -32,7 +35,9 @@ def load_best(
 
     Args:
         last: the model of the last step. before: the state of the one before training, which may
-            be the best. progress: says which is; it is changed where another is taken.
+            be the best. progress: says which is; it is changed where another is taken, and where
+            the file is of a judgement after which the job was killed before it could save: repeated
+            on a GPU, that one may have come out lower, and what was kept is still the best.
     """
     path, problem, found = best_path(session), "", None
     if distributed.is_main():
@@ -44,6 +49,13 @@ def load_best(
         session.require_shared(path)
         if found is None:
             found = api.load(path, device=session.device)
+        judged = _judgement(path)
+        if judged and judged != (progress.best_step, progress.best_top1):
+            progress.best_step, progress.best_top1 = judged
+            console.say(
+                f"note: the best model is of step {judged[0]} with top-1 {judged[1]:.2f} %, judged "
+                "before the job was killed and repeated these steps"
+            )
         state: dict[str, Tensor] = found.state_dict()
         return state
     if progress.best_step == 0:
@@ -56,3 +68,13 @@ def load_best(
         "warning",
     )
     return {name: tensor.clone() for name, tensor in last.state_dict().items()}
+
+
+def _judgement(path: Path) -> tuple[int, float] | None:
+    """Step and top-1 of a kept model."""
+    with safe_open(path, framework="pt") as file:
+        said = (file.metadata() or {}).get("judged")
+    if said is None:
+        return None
+    judged = json.loads(said)
+    return int(judged["step"]), float(judged["top1"])

@@ -132,7 +132,9 @@ class Session:
         """Where a training job keeps its checkpoints; other jobs may share the results' folder."""
         return self.folder / "training"
 
-    def write_calibrated(self, path: Path, model: Any) -> None:
+    def write_calibrated(
+        self, path: Path, model: Any, *, judged: dict[str, Any] | None = None
+    ) -> None:
         """Write a calibrated model with what a reader wants to know of it; rank 0 alone calls."""
         write_calibrated(
             path,
@@ -140,6 +142,7 @@ class Session:
             calibration=api.describe_calibration(model.calibration),
             classes=getattr(model, "classes", None),
             transform=self.transform(model).to_dict(),
+            judged=judged,
         )
 
     def spare_what_is_read(self, written: Path, *, teacher: str = "") -> None:

@@ -6,6 +6,7 @@ import copy
 import hashlib
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -215,7 +216,7 @@ def _surroundings(
             "validation images": names_digest(val)[:16],
         },
         judge=judge,
-        keep=lambda model: keep_best(session, model),
+        keep=partial(keep_best, session),
     )
 
 

@@ -39,6 +39,7 @@ def write_calibrated(
     calibration: dict[str, Any],
     classes: list[str] | None,
     transform: dict[str, Any],
+    judged: dict[str, Any] | None = None,
 ) -> Path:
     """Write a calibrated model, whole or not at all.
 
@@ -48,6 +49,7 @@ def write_calibrated(
         calibration: how the ranges were found, plain JSON, with `residual_max` by stream.
         classes: names of the classes in the order of the logits, if known.
         transform: the evaluation transform, plain JSON.
+        judged: of a model in training, the `step` it is of and the `top1` it had.
 
     Raises:
         ExportError: the file cannot be written.
@@ -68,6 +70,8 @@ def write_calibrated(
         "classes": encode(classes),
         "transform": encode(transform),
     }
+    if judged is not None:
+        metadata["judged"] = encode(judged)
     metadata["digests"] = encode(digests(tensors, metadata))
     data = reproducible(save(tensors, metadata))
     return write_atomically(path, lambda written: written.write_bytes(data), size=len(data))

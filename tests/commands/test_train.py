@@ -127,6 +127,24 @@ def test_where_a_trained_best_model_is_lost_the_last_one_is_taken(
     assert "exported, with top-1 60.00 % instead of 70.00 %" in capsys.readouterr().out
 
 
+def test_a_kept_model_counts_as_it_was_judged(
+    trained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A killed job may have kept a model and lost the memory of having judged it."""
+    folder = trained / "training"
+    session: Any = SimpleNamespace(
+        training_folder=folder, device="cpu", require_shared=lambda path: None
+    )
+    best = folder / "best.safetensors"
+    judged = json.loads(metadata_of(best)["judged"])
+    kept = swinq.load(best).state_dict()
+    forgetful = Progress(judged=[(0, 0.5), (1, 1.5)], best_step=1, best_top1=1.5)
+    state = load_best(session, swinq.load(CHECKPOINT), {}, forgetful)
+    assert torch.equal(state["head.weight"], kept["head.weight"])
+    assert (forgetful.best_step, forgetful.best_top1) == (judged["step"], judged["top1"])
+    assert f"step {judged['step']} with top-1 {judged['top1']:.2f} %" in capsys.readouterr().out
+
+
 def test_ranges_that_are_found_a_bit_differently_do_not_end_a_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
