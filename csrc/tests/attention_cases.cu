@@ -8,7 +8,12 @@ namespace swinq::testing {
 
 namespace {
 
-// What the official models have, and every number of heads up to 24 for the commonest window.
+// Windows that no kernel is made for: one token, a part of a tile of queries, several blocks of
+// them.
+constexpr int kOtherWindows[] = {1, 2, 3, 5, 10, 14};
+
+// What the official models have, every number of heads up to 24 for the commonest window, and
+// windows of other models.
 std::vector<AttentionSize> sizes(bool quick) {
     std::vector<AttentionSize> list;
     if (quick) {
@@ -17,6 +22,10 @@ std::vector<AttentionSize> sizes(bool quick) {
             list.push_back({1, 2 * window, window, window / 2, 1});
         }
         list.insert(list.end(), {{1, 24, 12, 6, 1}, {1, 32, 16, 8, 1}, {1, 24, 24, 0, 1}});
+        for (int window : kOtherWindows) {
+            if (window < 10) list.push_back({1, window, window, 0, 2});
+            list.push_back({1, 2 * window, window, window / 2, 1});
+        }
         return list;
     }
     for (int window : {4, 6, 7, 8, 12, 16, 24}) {
@@ -29,6 +38,11 @@ std::vector<AttentionSize> sizes(bool quick) {
         }
         list.push_back({1, 4 * window, window, window / 2, 2});
         list.push_back({1, 3 * window, window, 1, 5});
+    }
+    for (int window : kOtherWindows) {
+        list.push_back({1, window, window, 0, 3});
+        list.push_back({3, 2 * window, window, window / 2, 4});
+        list.push_back({1, 3 * window, window, window > 1 ? 1 : 0, 1});
     }
     for (int heads = 1; heads <= 24; ++heads) list.push_back({2, 14, 7, 3, heads});
     list.insert(list.end(), {{1, 56, 7, 3, 3},

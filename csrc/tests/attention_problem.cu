@@ -158,10 +158,11 @@ AttentionProblem::AttentionProblem(Type type, const AttentionSize& size, Logits 
         expanded_ = DeviceArray<float>(host);
     }
     v_scale_ = 1 / 64.0f;
-    // With these biases a query attends to few keys: its outputs are as large as values, and a
-    // probability that is one code off moves them by up to v_scale. That is one code where codes
-    // are no finer than those of v, as they are when they have to hold such outputs.
-    const bool few_keys = type == Type::kInt8 && logits == Logits::kBiased;
+    // With these biases, or in the smallest windows, a query attends to few keys: its outputs are
+    // as large as values, and a probability that is one code off moves them by up to v_scale. That
+    // is one code where codes are no finer than those of v, as they are when they have to hold such
+    // outputs.
+    const bool few_keys = type == Type::kInt8 && (logits == Logits::kBiased || size.window < 4);
     inverse_ = random_array<float>(columns(), next_seed(), 30, few_keys ? 1 / v_scale_ : 260);
     set_some(inverse_.get(), columns(), next_seed(), 41, 0);
 

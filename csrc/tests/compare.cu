@@ -122,6 +122,22 @@ __global__ void compare_bits_kernel(const T* out, const T* expected, int64_t cou
     report(found, tally);
 }
 
+__global__ void compare_near_kernel(const __half* out, const __half* expected, const float* apart,
+                                    int64_t count, int columns, Tally* tally) {
+    constexpr float kHalfUlp = 0x1p-11f, kHalfSubnormal = 0x1p-25f;  // of a half, relative; least
+    Found found;
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; i < count;
+         i += stride) {
+        const float number = __half2float(out[i]), wanted = __half2float(expected[i]);
+        const float rounding = kHalfUlp * (fabsf(number) + fabsf(wanted)) + 2 * kHalfSubnormal;
+        found.differing += __half_as_ushort(out[i]) != __half_as_ushort(expected[i]);
+        const bool near = fabsf(number - wanted) <= apart[i % columns] + rounding;
+        found.beyond += !(near && isfinite(number));  // an infinity allows itself any rounding
+    }
+    report(found, tally);
+}
+
 template <typename T>
 __global__ void requantized_kernel(const int8_t* codes, const T* x, const float* inverse,
                                    int64_t count, int columns, Tally* tally) {
@@ -178,6 +194,15 @@ void compare_bits(const void* out, const void* expected, int64_t bytes, int widt
                                                 static_cast<const uint32_t*>(expected), count,
                                                 tally);
     }
+    add_count(tally, count);
+}
+
+void compare_near(const void* out, const void* expected, const float* apart, int64_t rows,
+                  int columns, Tally* tally) {
+    const int64_t count = rows * columns;
+    compare_near_kernel<<<grid_for(count), kThreads>>>(static_cast<const __half*>(out),
+                                                       static_cast<const __half*>(expected), apart,
+                                                       count, columns, tally);
     add_count(tally, count);
 }
 

@@ -31,6 +31,11 @@ void compare(const void* out, const Step& step, const Expected& expected, bool b
 // Two arrays of bytes, as numbers of `width` bytes.
 void compare_bits(const void* out, const void* expected, int64_t bytes, int width, Tally* tally);
 
+// Two arrays of halves, (rows, columns): `differing` counts other bits, `beyond` those that are
+// further apart than apart[c] and the rounding of both to half explain, or no numbers.
+void compare_near(const void* out, const void* expected, const float* apart, int64_t rows,
+                  int columns, Tally* tally);
+
 // Codes of what is stored in x (of type half or float), bit by bit.
 void compare_requantized(const int8_t* codes, Type type, const void* x, const float* inverse,
                          int64_t rows, int columns, Tally* tally);

@@ -17,7 +17,11 @@ struct Shape {
 // Layers of all official models: (n, k), and the rows that one image gives them.
 std::vector<Shape> layer_shapes(bool quick) {
     if (quick) {
-        return {{288, 96, {1, 17, 129}}, {96, 384, {17, 65}}, {40, 48, {49}}, {192, 208, {130}}};
+        return {{288, 96, {1, 17, 129}},
+                {96, 384, {17, 65}},
+                {40, 48, {49}},
+                {192, 208, {130}},
+                {40, 896, {49}}};  // more slabs than any tile has stages
     }
     std::map<std::pair<int, int>, std::set<int>> shapes;
     auto add = [&shapes](int n, int k, int tokens) {
@@ -111,13 +115,21 @@ bool needed(Type operand, const Combination& c) {
     return c.activation == Activation::kNone || c.output != Output::kFloat;
 }
 
+// The tile that takes it, if there are as few tiles and as many slabs as it wants.
+bool is_split_tile(const GemmTile& tile) {
+    return tile.instruction == 1 && tile.rows == 64 && tile.columns == 64;
+}
+
 template <size_t kCount>
 void epilogues(Group& group, Type operand, const Combination (&combinations)[kCount],
                const Bound& bound, bool quick) {
     struct Size {
         int m, n, k;
+        bool split = false;  // only the int8 kernel whose warpgroups split k
     };
-    std::vector<Size> sizes = {{1, 96, 96}, {129, 192, 208}};
+    // of the split ones a warpgroup has two slabs, and four, for which its ring goes round
+    std::vector<Size> sizes = {
+        {1, 96, 96}, {129, 192, 208}, {49, 96, 912, true}, {17, 288, 1552, true}};
     if (!quick) {
         sizes.insert(sizes.end(), {{49, 288, 96},
                                    {127, 1000, 768},
@@ -129,6 +141,7 @@ void epilogues(Group& group, Type operand, const Combination (&combinations)[kCo
                                    {8449, 776, 208}});  // several tiles a block
     }
     for (const Size& size : sizes) {
+        if (size.split && operand != Type::kInt8) continue;
         GemmProblem problem(operand, size.m, size.n, size.k);
         GuardedBuffer out(static_cast<int64_t>(size.m) * size.n * 4);
         for (Data data : {Data::kOrdinary, Data::kHalfway, Data::kExtreme}) {
@@ -141,6 +154,7 @@ void epilogues(Group& group, Type operand, const Combination (&combinations)[kCo
                 if (normalized && (size.n % 96 || data == Data::kHalfway)) continue;
                 for (const GemmTile& tile : tiles_for(
                          problem.arguments(c.activation, c.output, size.m, out.get(), c.rounded))) {
+                    if (size.split && !is_split_tile(tile)) continue;
                     const std::string label = std::string(data == Data::kExtreme   ? "extreme "
                                                           : data == Data::kHalfway ? "halfway "
                                                                                    : "") +

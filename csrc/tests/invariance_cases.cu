@@ -1,5 +1,7 @@
 // The same input gives the same bits: again, on another stream, and for an image elsewhere in a
 // batch.
+#include <algorithm>
+
 #include "attention_problem.h"
 #include "gemm_problem.h"
 #include "norm_problem.h"
@@ -73,11 +75,121 @@ void gemms(Group& group, Type operand, bool quick) {
     }
 }
 
+// So many that every block of a wgmma kernel has a second tile and one a third. With two slabs of
+// 128 bytes a block has three stages, which bounds the blocks that run at once.
+int many_tiles(const GemmTile& tile) {
+    constexpr int kSharedBytes = 228 * 1024;  // of a multiprocessor of sm_90, which alone has wgmma
+    const int blocks = kSharedBytes / (3 * (tile.rows + tile.columns) * 128);
+    return 2 * blocks * multiprocessors() + 1;
+}
+
+// A product of many tiles side by side (one row) or below each other (the fewest columns). Its
+// weights need no layout: any bytes are one of some weights.
+class TileRow {
+  public:
+    TileRow(Type operand, const GemmTile& tile, bool wide)
+        : operand_(operand),
+          tile_(tile),
+          wide_(wide),
+          tiles_(many_tiles(tile)),
+          m_(wide ? 1 : tiles_ * tile.rows),
+          n_(wide ? tiles_ * tile.columns : 8),
+          a_(random_bytes(operand, m_ * depth(), next_seed(), -reach(), reach())),
+          w_(random_bytes(operand, ceil_div(n_, 32) * 32 * depth(), next_seed(), -reach(),
+                          reach())),
+          factor_(random_array<float>(n_, next_seed(), 0.5f / 65024, 1.5f / 65024)),
+          bias_(random_array<float>(n_, next_seed(), -0.5f, 0.5f)),
+          inverse_(random_array<float>(n_, next_seed(), 30, 60)),
+          before_(random_bytes(Type::kHalf, count(), next_seed(), -4, 4)) {}
+
+    // All tiles in one launch against as many a launch as there are multiprocessors.
+    void run(Group& group, Output output) {
+        const int width = output == Output::kCodes ? 1 : 2;
+        GuardedBuffer together(count() * width), apart(count() * width);
+        prepare(together, output, count() * width);
+        prepare(apart, output, count() * width);
+        const std::string label = "tile " + std::to_string(tile_.rows) + "x" +
+                                  std::to_string(tile_.columns) + " m " + std::to_string(m_) +
+                                  " n " + std::to_string(n_) +
+                                  (output == Output::kResidual ? " residual" : "");
+        Tally* tally = group.run(label, exact(), [&] {
+            gemm(part(output, together, 0, tiles_), &tile_, nullptr);
+            const int step = multiprocessors();
+            for (int first = 0; first < tiles_; first += step) {
+                gemm(part(output, apart, first, std::min(step, tiles_ - first)), &tile_, nullptr);
+            }
+        });
+        if (!tally) return;
+        compare_bits(together.get(), apart.get(), count() * width, width, tally);
+        together.check_guards(tally);
+        apart.check_guards(tally);
+    }
+
+  private:
+    static constexpr int kRowBytes = 144;  // of k: a slab and a part of one
+
+    int64_t depth() const { return kRowBytes / size_of(operand_); }
+    float reach() const { return operand_ == Type::kInt8 ? 127 : 1; }
+    int64_t count() const { return static_cast<int64_t>(m_) * n_; }
+
+    void prepare(GuardedBuffer& out, Output output, int64_t bytes) const {
+        out.poison(bytes);
+        if (output != Output::kResidual) return;
+        must(cudaMemcpyAsync(out.get(), before_.get(), bytes, cudaMemcpyDeviceToDevice),
+             "copy of the stream");
+    }
+
+    // The arguments of some of the tiles.
+    GemmArguments part(Output output, const GuardedBuffer& out, int first, int tiles) const {
+        const int row = wide_ ? 0 : first * tile_.rows, column = wide_ ? first * tile_.columns : 0;
+        const int width = output == Output::kCodes ? 1 : 2;
+        GemmArguments g = {};
+        g.operand = operand_, g.stream = Type::kHalf, g.output = output;
+        g.a = shifted(a_.get(), static_cast<int64_t>(row) * kRowBytes);
+        g.w = shifted(w_.get(), static_cast<int64_t>(column) * kRowBytes);
+        g.out = out.as<uint8_t>() + (static_cast<int64_t>(row) * n_ + column) * width;
+        g.factor = operand_ == Type::kInt8 ? factor_.get() + column : nullptr;
+        g.bias = bias_.get() + column;
+        g.out_inverse = output == Output::kCodes ? inverse_.get() + column : nullptr;
+        g.m = wide_ ? 1 : tiles * tile_.rows, g.n = wide_ ? tiles * tile_.columns : n_;
+        g.k = static_cast<int>(depth());
+        return g;
+    }
+
+    Type operand_;
+    GemmTile tile_;
+    bool wide_;
+    int tiles_, m_, n_;
+    DeviceArray<uint8_t> a_, w_;                  // (m, k), (n padded to 32, k)
+    DeviceArray<float> factor_, bias_, inverse_;  // (n)
+    DeviceArray<uint8_t> before_;                 // (m, n)
+};
+
+// Blocks that take one tile after another, in a ring that goes round from tile to tile, against
+// blocks that have one tile each.
+void tile_after_tile(Group& group, Type operand, bool quick) {
+    GemmArguments any = {};
+    any.operand = operand;
+    bool found = false;
+    for (const GemmTile& tile : tiles_for(any)) {
+        if (tile.instruction != 1) continue;
+        found = true;
+        for (bool wide : {true, false}) {
+            // tall ones are large, and differ from the wide ones only in where a tile begins
+            if (quick && !wide && !(tile.rows == 128 && tile.columns == 128)) continue;
+            TileRow tiles(operand, tile, wide);
+            tiles.run(group, operand == Type::kInt8 ? Output::kCodes : Output::kHalf);
+            tiles.run(group, Output::kResidual);
+        }
+    }
+    if (!found) group.check(true, "no wgmma on this GPU", "");
+}
+
 void attentions(Group& group, bool quick) {
     const Stream stream;
     for (Type type : {Type::kInt8, Type::kHalf, Type::kFloat}) {
-        for (int window : {4, 6, 7, 8, 12, 16, 24}) {
-            if (quick && window > 8) continue;
+        for (int window : {2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 24}) {
+            if (quick && window > 8 && window != 10 && window != 14) continue;
             const AttentionSize size = {3, 2 * window, window, window / 2, quick ? 1 : 6};
             const AttentionProblem problem(type, size, Logits::kOrdinary);
             const int64_t bytes = problem.tokens() * problem.columns() * size_of(type);
@@ -192,6 +304,11 @@ void invariance_suite(Report& report) {
     report.group("same bits, gemm int8", 400, [&](Group& g) { gemms(g, Type::kInt8, quick); });
     report.group("same bits, gemm half", 400, [&](Group& g) { gemms(g, Type::kHalf, quick); });
     report.group("same bits, gemm float", 400, [&](Group& g) { gemms(g, Type::kFloat, quick); });
+    for (Type type : {Type::kInt8, Type::kHalf}) {
+        const std::string name = type == Type::kInt8 ? "int8" : "half";
+        report.group("same bits, tile after tile " + name, 40,
+                     [&](Group& g) { tile_after_tile(g, type, quick); });
+    }
     report.group("same bits, attention", 400, [&](Group& g) { attentions(g, quick); });
     for (Type type : {Type::kHalf, Type::kFloat}) {
         const std::string name = type == Type::kHalf ? "half" : "float";

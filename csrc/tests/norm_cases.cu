@@ -65,35 +65,46 @@ void run_prenorm(Group& group, const PrenormCase& c, bool optional) {
     group.check(reported == std::vector<int>(c.batch, 0), label, "a status of 0 for every image");
 }
 
+// Widths whose rows quick gives more than a few of.
+bool is_usual(int channels) {
+    return channels == 96 || channels == 384;
+}
+
+// Rows this wide take a block each, of which a multiprocessor has one: with more rows than
+// multiprocessors blocks take one after another.
+constexpr int kBlockRowChannels = 3200;
+
 void prenorms(Group& group, Type stream, Type operand, bool quick) {
     for (bool norm : {true, false}) {
         for (int channels : {32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 6144}) {
-            if (quick && channels != 96 && channels != 384) continue;
             const bool official = channels >= 96 && channels <= 1536;
-            run_prenorm(group, {stream, operand, norm, false, 1, 7, channels}, !official);
-            run_prenorm(
-                group,
-                {stream, operand, norm, false, 3, channels < 256 && !quick ? 56 : 5, channels},
-                !official);
+            const bool few = quick && !is_usual(channels);
+            const int side = few ? 3 : channels < 256 && !quick ? 56 : 5;
+            if (!few) run_prenorm(group, {stream, operand, norm, false, 1, 7, channels}, !official);
+            run_prenorm(group, {stream, operand, norm, false, 3, side, channels}, !official);
         }
         for (int channels : {8, 32, 96, 128, 192, 256, 384, 512, 768, 1024, 1536}) {
-            if (quick && channels != 96 && channels != 384) continue;
             const bool official = channels >= 96 && channels <= 768;
-            run_prenorm(group, {stream, operand, norm, true, 1, 14, channels}, !official);
-            run_prenorm(
-                group,
-                {stream, operand, norm, true, 3, channels < 256 && !quick ? 56 : 6, channels},
-                !official);
+            const bool few = quick && !is_usual(channels);
+            const int side = few ? 4 : channels < 256 && !quick ? 56 : 6;
+            if (!few) run_prenorm(group, {stream, operand, norm, true, 1, 14, channels}, !official);
+            run_prenorm(group, {stream, operand, norm, true, 3, side, channels}, !official);
         }
     }
+    int side = 1;
+    while (side * side <= multiprocessors()) ++side;
+    run_prenorm(group, {stream, operand, true, false, 1, side, kBlockRowChannels}, true);
 }
 
 void postnorms(Group& group, Type y_type, Type stream, bool quick) {
-    for (int channels : {32, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048}) {
-        if (quick && channels != 96 && channels != 384) continue;
+    for (int channels :
+         {32, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, kBlockRowChannels}) {
         const bool official = channels >= 96 && channels <= 1536;
         const Norm norm(channels);
-        for (int rows : {1, 49, quick ? 65 : 3137}) {
+        std::vector<int> counts = {1, 49, quick ? 65 : 3137};
+        if (quick && !is_usual(channels)) counts = {9};
+        if (channels == kBlockRowChannels) counts = {multiprocessors() + 1};
+        for (int rows : counts) {
             const int64_t count = static_cast<int64_t>(rows) * channels;
             const auto y = y_type == Type::kInt8
                                ? random_bytes(y_type, count, next_seed(), -128, 127)
@@ -107,6 +118,7 @@ void postnorms(Group& group, Type y_type, Type stream, bool quick) {
             for (bool residual : {true, false}) {
                 for (bool coded : {true, false}) {
                     if (coded && stream == Type::kFloat) continue;
+                    if (quick && channels == kBlockRowChannels && !residual) continue;
                     GuardedBuffer x(count * size_of(stream)), operand(count);
                     x.poison(count * size_of(stream));
                     operand.poison(count);
@@ -143,11 +155,13 @@ void postnorms(Group& group, Type y_type, Type stream, bool quick) {
 }
 
 void pools(Group& group, Type stream, bool quick) {
-    for (int channels : {32, 96, 192, 768, 1024, 1536}) {
-        if (quick && channels > 192) continue;
+    for (int channels : {32, 96, 192, 512, 768, 1024, 1536}) {
         const Norm norm(channels);
         for (int tokens : {1, 36, 49, 64, 144}) {
             for (int batch : {1, 3, 33}) {
+                if (quick && channels > 192 && (batch != 3 || (tokens != 1 && tokens != 49))) {
+                    continue;
+                }
                 const int64_t rows = static_cast<int64_t>(batch) * tokens;
                 const auto x = random_stream(stream, rows, channels, next_seed());
                 DeviceArray<double> normalized(rows * channels), exact(batch * channels);
@@ -187,6 +201,8 @@ void norm_suite(Report& report) {
                  [&](Group& g) { prenorms(g, Type::kFloat, Type::kFloat, quick); });
     report.group("postnorm int8", 600,
                  [&](Group& g) { postnorms(g, Type::kInt8, Type::kHalf, quick); });
+    report.group("postnorm int8, fp32 stream", 600,
+                 [&](Group& g) { postnorms(g, Type::kInt8, Type::kFloat, quick); });
     report.group("postnorm float", 600,
                  [&](Group& g) { postnorms(g, Type::kFloat, Type::kHalf, quick); });
     report.group("postnorm float, fp32 stream", 600,

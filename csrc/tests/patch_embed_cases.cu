@@ -77,15 +77,15 @@ void embed(Group& group, Embedding& e, bool optional) {
 }
 
 void embeddings(Group& group, Type image_type, Type stream, bool quick) {
-    for (int channels : {96, 128, 192}) {
+    for (int channels : {96, 128, 192, 256}) {
         for (int img_size : {32, 192, 224, 256, 384}) {
-            if (quick && (img_size > 32 || channels > 128)) continue;
+            if (quick && img_size > 32) continue;
             for (int batch : {1, 3}) {
                 for (bool coded : {false, true}) {
                     if (coded && stream == Type::kFloat) continue;
                     Embedding e(image_type, stream, batch, 3, img_size, 4, channels);
                     if (coded) e.want_codes();
-                    embed(group, e, false);
+                    embed(group, e, channels > 192);
                 }
             }
         }

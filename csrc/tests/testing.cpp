@@ -130,10 +130,10 @@ void Group::settle(const Case& item, const Tally& tally) {
         if (tally.differing)
             return fail(item.label, std::to_string(tally.differing) + of + " differ");
     } else if (tally.beyond) {
-        return fail(item.label, std::to_string(tally.beyond) + of + " are no numbers, or codes " +
-                                    "more than one off");
+        return fail(item.label, std::to_string(tally.beyond) + of +
+                                    " are no numbers, or further off than a code or what it moves");
     } else if (item.bound.kind == Bound::kCodes) {
-        const double allowed = allowed_codes(item.bound.fraction, count);
+        const double allowed = allowed_codes(item.bound.fraction, count) + item.bound.absolute;
         share_ = std::fmax(share_, static_cast<double>(tally.differing) / allowed);
         if (static_cast<double>(tally.differing) > allowed) {
             return fail(item.label, std::to_string(tally.differing) + of + " codes are one off");

@@ -17,7 +17,8 @@ namespace swinq::testing {
 struct Tally {
     unsigned long long count;       // elements compared
     unsigned long long differing;   // other bits, or another code
-    unsigned long long beyond;      // codes more than one apart; numbers that are NaN or infinite
+    unsigned long long beyond;      // codes more than one apart; numbers that are NaN, infinite, or
+                                    // further apart than a code that turned explains
     unsigned long long damaged;     // bytes around an output that did not keep their value
     long long signed_sum;           // of code - expected code
     double squares, plain_squares;  // of errors against float64, ours and the plain computation's
@@ -32,14 +33,14 @@ struct Bound {
     double fraction;  // kCodes: of codes that may be one off
     double mean;      // kCodes: of the signed error in codes
     double relative;  // kValues: beside twice the plain error, this times the largest value
-    double absolute;  // kValues: and this
+    double absolute;  // kValues: and this; kCodes: codes of a case that may be off beside these
 };
 
 constexpr Bound exact() {
     return {Bound::kExact, 0, 0, 0, 0};
 }
-constexpr Bound codes(double fraction, double mean) {
-    return {Bound::kCodes, fraction, mean, 0, 0};
+constexpr Bound codes(double fraction, double mean, double more = 0) {
+    return {Bound::kCodes, fraction, mean, 0, more};
 }
 constexpr Bound values(double relative, double absolute = 0) {
     return {Bound::kValues, 0, 0, relative, absolute};
