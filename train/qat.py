@@ -34,7 +34,7 @@ from swinq.train.optimizer import Schedule, build_optimizer, parameters_of
 from swinq.train.precision import autocast
 from swinq.train.randomness import gather, restore_rank, seed_step
 from swinq.train.ranges import learn_ranges
-from swinq.train.settings import Settings
+from swinq.train.settings import FREE, Settings
 from swinq.train.signals import StopRequest
 from swinq.train.state import CheckpointFolder, Saved
 
@@ -365,7 +365,7 @@ class _Loop:
         differing = [
             f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
             for name in {**theirs, **ours}
-            if theirs.get(name) != ours.get(name)
+            if name not in FREE and theirs.get(name) != ours.get(name)
         ]
         if differing:
             raise ConfigError(

@@ -34,6 +34,8 @@ from swinq.report.environment import describe_file
 
 # From this input size on, the official configurations squash images instead of cropping them.
 SQUASHED_FROM = 384
+# a training job that has begun keeps its batch
+TRAINING_TOO_LARGE = "--opts QAT.CUDA_GRAPHS False; another --batch-size would be another job"
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ class Session:
             num_workers=self.workers,
             indices=self.evaluation_indices(dataset),
             label=label,
+            if_too_large=TRAINING_TOO_LARGE if self.action == "train" else "",
         )
 
 
