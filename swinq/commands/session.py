@@ -86,9 +86,14 @@ class Session:
 
         That of calib is config.yaml, another's config_<action>.yaml, so that a later look at a
         run's files does not replace what they were made with.
+
+        Raises:
+            SwinqError: results could not be written in the end, or not all ranks see their folder.
         """
         saved = "config.yaml" if self.action == "calib" else f"config_{self.action}.yaml"
         if distributed.is_main():
+            if self.action in ("calib", "export", "train"):
+                preflight.writable(self.checkpoints)
             configuration.save(self.config, self.folder / saved)
         if self.action in ("calib", "train"):  # ranks read what rank 0 writes, at the latest then
             self.require_shared(self.folder / saved)
