@@ -23,20 +23,21 @@ from swinq.data.augment import Augmented
 from swinq.data.mixing import Mixing
 from swinq.data.order import StepOrder
 from swinq.data.training import TrainingBatch, TrainingLoader
-from swinq.errors import ConfigError, ExportError, SwinqError
+from swinq.errors import ExportError, SwinqError
 from swinq.models.layers import SwinBase, set_drop_path
 from swinq.train import parallel
 from swinq.train.average import Average
 from swinq.train.distill import Distillation
 from swinq.train.graphs import CapturedStages, capture_stages, hold_gradients
+from swinq.train.job import describe_job, require_same_job
 from swinq.train.monitor import Monitor
 from swinq.train.optimizer import Schedule, build_optimizer, parameters_of
 from swinq.train.precision import autocast
 from swinq.train.randomness import gather, restore_rank, seed_step
 from swinq.train.ranges import learn_ranges
-from swinq.train.settings import FREE, Settings
+from swinq.train.settings import Settings
 from swinq.train.signals import StopRequest
-from swinq.train.state import CheckpointFolder, Saved
+from swinq.train.state import CheckpointFolder
 
 CURVE_POINTS = 200  # of loss and rate, kept for the report
 FIRST_SAVE = 100  # steps, where the interval is found by itself
@@ -94,6 +95,10 @@ class Surroundings:
     judge: Callable[[nn.Module], float]
     keep: Callable[[nn.Module, int, float], None]
 
+    def job(self, settings: Settings) -> dict[str, Any]:
+        """What a checkpoint must share with this job, plain JSON."""
+        return describe_job(settings, self.identity, len(self.images))
+
 
 def train(calibrated: SwinBase, around: Surroundings, settings: Settings) -> Progress:
     """Train until the last epoch, from the newest checkpoint in the folder if there is one.
@@ -126,7 +131,7 @@ class _Loop:
 
         self.saved = around.folder.newest()
         if self.saved is not None:
-            self._require_same_job(self.saved)
+            require_same_job(self.saved.path, self.saved.metadata["job"], around.job(settings))
             # found anew, a range may be a vector where the job began with a number
             saved = self.saved.part("model.")
             ranges = {name: saved[name] for name in saved if name.endswith("._amax")}
@@ -309,7 +314,7 @@ class _Loop:
         tensors |= gather()
         self.progress.seconds = time.monotonic() - self.started
         metadata = {
-            "job": self._job(),
+            "job": self.around.job(self.settings),
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict(),
         }
@@ -354,24 +359,6 @@ class _Loop:
         self.progress.judged = [tuple(p) for p in self.progress.judged]  # type: ignore[misc]
         console.say(f"resumed: step {saved.step} of {self.total} from {saved.path}", "good")
         return saved.step
-
-    def _job(self) -> dict[str, Any]:
-        settings = self.settings.decisive()
-        settings["micro_batches"] = settings.pop("accumulation") * distributed.world_size()
-        return {**self.around.identity, **settings, "images": len(self.around.images)}
-
-    def _require_same_job(self, saved: Saved) -> None:
-        ours, theirs = self._job(), saved.metadata["job"]
-        differing = [
-            f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
-            for name in {**theirs, **ours}
-            if name not in FREE and theirs.get(name) != ours.get(name)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{saved.path} is of another job: {'; '.join(differing[:4])}",
-                "repeat the command that began it, or begin another with --tag NAME",
-            )
 
 
 class _Unread:

@@ -66,6 +66,7 @@ def test_the_same_command_again_trains_nothing_and_writes_the_same(trained: Path
         (("--opts", "AUG.AUTO_AUGMENT", "best"), "AUTO_AUGMENT 'best'"),
         (("--teacher", "no.pth", "--batch-size", "8"), "no.pth cannot be read"),
         (("--opts", "QAT.DISTILL.SCALE", "2"), "QAT.DISTILL.SCALE is given (--opts)"),
+        (("--batch-size", "8", "--opts", "QAT.LEARN_RANGES", "[probabilities]"), "no quantizer of"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_it_is_calibrated(
@@ -79,9 +80,15 @@ def test_what_cannot_be_trained_is_refused_before_it_is_calibrated(
     "change",
     [("AUG.MIXUP", "0.1"), ("MODEL.LABEL_SMOOTHING", "0.2"), ("CALIB.PERCENTILE", "99.0")],
 )
-def test_what_changes_the_job_is_not_resumed(trained: Path, change: tuple[str, str]) -> None:
+def test_what_changes_the_job_is_not_resumed(
+    trained: Path, change: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it calibrates, and the configuration that would be repeated stays."""
+    monkeypatch.setattr(train, "find_ranges", None)
+    saved = (trained / "config_train.yaml").read_bytes()
     message = refused(*FINETUNE, *change, "--output", trained.parents[1])
     assert f"is of another job: {change[0]} " in message and f"{change[1]} here" in message
+    assert (trained / "config_train.yaml").read_bytes() == saved
 
 
 def test_other_images_make_another_job_and_the_same_elsewhere_do_not(tmp_path: Path) -> None:
