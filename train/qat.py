@@ -81,7 +81,8 @@ class Surroundings:
         images: the training images, with their augmentation. workers: processes that decode them.
         device: of this rank. identity: what a checkpoint must share with this job, plain JSON.
         judge: gives the top-1 of the plain model in percent; all ranks call it.
-        keep: stores the plain model as the best so far, of a step, with a top-1; all ranks call it.
+        keep: stores the plain model as the best so far, of a step, with a top-1; all ranks call it,
+            and it tells all of them whether it could.
     """
 
     images: Augmented
@@ -93,7 +94,7 @@ class Surroundings:
     monitor: Monitor
     identity: dict[str, Any]
     judge: Callable[[nn.Module], float]
-    keep: Callable[[nn.Module, int, float], None]
+    keep: Callable[[nn.Module, int, float], bool]
 
     def job(self, settings: Settings) -> dict[str, Any]:
         """What a checkpoint must share with this job, plain JSON."""
@@ -291,9 +292,11 @@ class _Loop:
         progress.judged.append((step, top1))
         self.around.monitor.evaluated(step, top1)
         self.around.monitor.ranges(self.calibrated)
-        if top1 > progress.best_top1:
+        # what was calibrated is found anew if it could not be kept
+        if top1 > progress.best_top1 and (
+            self.around.keep(self.calibrated, step, top1) or not step
+        ):
             progress.best_step, progress.best_top1 = step, top1
-            self.around.keep(self.calibrated, step, top1)
         self.model.train()
 
     def _write_back(self) -> None:

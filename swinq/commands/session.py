@@ -152,15 +152,15 @@ class Session:
             judged=judged,
         )
 
-    def spare_what_is_read(self, written: Path, *, teacher: str = "") -> None:
+    def spare_what_is_read(self, *written: Path, teacher: str = "") -> None:
         """Refuse to write over the checkpoint that a run starts from, or its teacher.
 
         Raises:
-            ConfigError: `written` is one of them.
+            ConfigError: one of them would be written.
         """
         start = preflight.weights_flag(self.config)
         for flag, path in ((start, weights_of(self.config)), ("--teacher", teacher)):
-            if path and Path(path).resolve() == written.resolve():
+            if path and Path(path).resolve() in [file.resolve() for file in written]:
                 raise ConfigError(
                     f"{flag} {path} is the file that this run would write: it could not be "
                     "repeated",

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from swinq import api, console, distributed
 from swinq.calib.calibrate import Calibration, measure_residual
-from swinq.commands.best import keep_best, load_best
+from swinq.commands.best import best_path, keep_best, load_best
 from swinq.commands.calib import Outcome, calibration_sample, conclude, find_ranges
 from swinq.commands.judging import Judging
 from swinq.commands.session import RankImages, Session, load_model, weights_of
@@ -53,7 +53,9 @@ def run(config: Config) -> int:
     if config.QAT.DETERMINISTIC:
         _require_determinism()
     session = Session.open(config, "train")
-    session.spare_what_is_read(session.trained_path(), teacher=config.QAT.DISTILL.TEACHER)
+    session.spare_what_is_read(
+        session.trained_path(), best_path(session), teacher=config.QAT.DISTILL.TEACHER
+    )
     with _checkpoints(session).alone():
         return _train(session)
 

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 import swinq
 from swinq.commands import train
 from swinq.commands.best import load_best
+from swinq.commands.session import Session
 from swinq.demo.checkpoint import CHECKPOINT
+from swinq.errors import ExportError
 from swinq.quant.insert import quantize_model
 from swinq.train.qat import Progress
 from tests.commands.command_line import done, metadata_of, refused, tensors_of, write_digits
@@ -134,6 +136,33 @@ def test_where_a_trained_best_model_is_lost_the_last_one_is_taken(
     assert "exported, with top-1 60.00 % instead of 70.00 %" in capsys.readouterr().out
 
 
+def test_a_best_model_that_finds_no_room_does_not_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one of step 1 cannot be kept: that of step 2 is, though it is no better."""
+    from swinq.train import qat
+
+    real, scores = Session.write_calibrated, iter([10.0, 30.0, 20.0])
+
+    def full(self: Session, path: Path, model: Any, *, judged: Any = None) -> None:
+        if judged and judged["step"] == 1:
+            raise ExportError("No space left on device", "free space")
+        real(self, path, model, judged=judged)
+
+    def judge(self: Any, step: int) -> None:
+        object.__setattr__(self.around, "judge", lambda model: next(scores))
+        judged(self, step)
+
+    judged = qat._Loop._judge
+    monkeypatch.setattr(qat._Loop, "_judge", judge)
+    monkeypatch.setattr(Session, "write_calibrated", full)
+    job = ("--train", "--cfg", "demo", "--num-epochs", "2", *TINY[5:])
+    ran = done(*job, "--batch-size", "16", *BATCHES[2:], "--output", tmp_path)
+    assert "the model of step 1, with top-1 30.00 %, could not be kept: No space" in ran.out
+    best = tmp_path / "micro_swin_digits" / "qat" / "training" / "best.safetensors"
+    assert json.loads(metadata_of(best)["judged"]) == {"step": 2, "top1": 20.0}
+
+
 def test_a_kept_model_counts_as_it_was_judged(
     trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -204,6 +233,8 @@ def test_what_a_job_reads_is_not_what_it_writes(trained: Path, tmp_path: Path) -
     start = ("--resume", trained / TRAINED, "--calib-output-path", trained, "--output", tmp_path)
     message = refused(*FINETUNE, *start)
     assert f"--resume {trained / TRAINED} is the file that this run would write" in message
+    best = ("--resume", trained / "training" / "best.safetensors")
+    assert "--resume " in refused(*FINETUNE, *best, "--output", trained.parents[1])
     teacher = ("--teacher", trained / TRAINED, "--calib-output-path", trained)
     assert "--teacher " in refused(*FINETUNE, *teacher, "--output", tmp_path)
 
