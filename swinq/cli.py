@@ -145,10 +145,10 @@ def _run(action: str, config: Config) -> int:
         ended = record(work)() if "TORCHELASTIC_ERROR_FILE" in os.environ else work()
     except (torch.OutOfMemoryError, MemoryError) as error:
         fix = f"use --batch-size {max(config.DATA.BATCH_SIZE // 2, 1)}"
-        if action == "train":
-            fix += (
-                f" --accumulation-steps {2 * config.TRAIN.ACCUMULATION_STEPS}, or --use-checkpoint"
-            )
+        if action == "train":  # a job that has begun goes on with it
+            fix += ", which is another job: with another --tag"
+            if not config.TRAIN.USE_CHECKPOINT:
+                fix = f"--use-checkpoint; then {fix}"
         raise SwinqError(
             f"out of memory with {config.DATA.BATCH_SIZE} images a step on {config.DEVICE}", fix
         ) from error

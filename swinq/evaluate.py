@@ -167,6 +167,7 @@ def evaluate(
     num_workers: int = 0,
     indices: Sequence[int] | None = None,
     label: str = "evaluating",
+    if_too_large: str = "",
 ) -> Predictions:
     """Runs a model over a data set; with several ranks, over this rank's batches.
 
@@ -180,6 +181,7 @@ def evaluate(
         num_workers: processes that decode images.
         indices: the images to use, in this order; all of them if None.
         label: what the progress is called.
+        if_too_large: what to do where a batch does not fit the memory; a smaller one if empty.
 
     Raises:
         DataError: no images, no labels, labels that the model has no logit for, unreadable images.
@@ -202,7 +204,7 @@ def evaluate(
     with torch.inference_mode(), _eval_mode(model):
         for batch in progress(loader, label) if progress else loader:
             _check_labelled(batch, dataset)
-            logits = _run(model, batch.images, batch_size, device)
+            logits = _run(model, batch.images, batch_size, device, if_too_large)
             _check_logits(logits, batch, dataset)
             if not done:  # the one copy: gigabytes for many images of many classes
                 with torch.inference_mode(False):
@@ -298,7 +300,9 @@ def _integers(count: int) -> Tensor:
     return torch.empty(count, dtype=torch.int64)
 
 
-def _run(model: Model, images: Tensor, batch_size: int, device: torch.device) -> Tensor:
+def _run(
+    model: Model, images: Tensor, batch_size: int, device: torch.device, if_too_large: str
+) -> Tensor:
     """Logits (n, K) float32 on the CPU; the batch is padded to its full size for the run."""
     count = len(images)
     if count < batch_size:
@@ -308,8 +312,7 @@ def _run(model: Model, images: Tensor, batch_size: int, device: torch.device) ->
     except torch.OutOfMemoryError as error:
         raise SwinqError(
             f"a batch of {batch_size} images does not fit in the memory of {device}",
-            f"use --batch-size {max(1, batch_size // 2)}, or in a training job that has begun "
-            "--opts QAT.CUDA_GRAPHS False",
+            if_too_large or f"use --batch-size {max(1, batch_size // 2)}",
         ) from error
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != batch_size:
         got = tuple(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__

@@ -69,7 +69,7 @@ def checks(action: str, config: Config) -> dict[str, Callable[[], str]]:
         splits = ("train", "val") if action in RANGE_ACTIONS else ("val",)
         looks["data"] = lambda: _data(config, splits, labels=action == "train")
     for folder in filter(None, (config.OUTPUT, config.CALIB.OUTPUT_PATH)):
-        looks[f"folder {folder}"] = lambda folder=folder: _writable(Path(folder))  # type: ignore[misc]
+        looks[f"folder {folder}"] = lambda folder=folder: writable(Path(folder))  # type: ignore[misc]
     if action in (*RANGE_ACTIONS, "export"):
         file = _file_of(Path(weights)) if weights else None
         size = file.stat().st_size if file and file.is_file() else 0
@@ -289,8 +289,12 @@ def _existing(folder: Path) -> Path:
     return Path("/")
 
 
-def _writable(folder: Path) -> str:
-    """Writes and removes a file where results will go (or where their folder will be made)."""
+def writable(folder: Path) -> str:
+    """Writes and removes a file where results will go (or where their folder will be made).
+
+    Raises:
+        SwinqError: none can be written there.
+    """
     place = _existing(folder)
     try:
         with tempfile.NamedTemporaryFile(dir=place, prefix=".swinq-"):

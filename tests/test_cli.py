@@ -260,16 +260,18 @@ def test_a_failing_action_ends_in_a_short_error(
     assert len(message.splitlines()) <= 10 and "Traceback" not in message
 
 
-def test_training_out_of_memory_keeps_the_images_of_a_step(
+def test_training_out_of_memory_keeps_the_job(
     commands: Install, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def run(action: str, config: Config) -> int:
         raise torch.OutOfMemoryError
 
     commands(run)
-    assert cli.main(["--train", "--device", "cpu", "--accumulation-steps", "2"]) == 2
-    wanted = "use --batch-size 32 --accumulation-steps 4, or --use-checkpoint"
-    assert wanted in capsys.readouterr().err
+    assert cli.main(["--train", "--device", "cpu"]) == 2
+    smaller = "use --batch-size 32, which is another job: with another --tag"
+    assert f"fix: --use-checkpoint; then {smaller}" in capsys.readouterr().err
+    assert cli.main(["--train", "--device", "cpu", "--use-checkpoint"]) == 2
+    assert f"fix: {smaller}" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_no_drama(commands: Install, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,6 +335,8 @@ def test_too_large_a_batch_for_the_device_says_what_to_try() -> None:
 
     with pytest.raises(SwinqError, match="--batch-size 32"):
         evaluate(model, fake(4), batch_size=64, device="cpu")
+    with pytest.raises(SwinqError, match="fix: a larger GPU"):
+        evaluate(model, fake(4), batch_size=64, device="cpu", if_too_large="a larger GPU")
 
 
 def test_nothing_to_evaluate_is_an_error() -> None:

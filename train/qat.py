@@ -23,12 +23,13 @@ from swinq.data.augment import Augmented
 from swinq.data.mixing import Mixing
 from swinq.data.order import StepOrder
 from swinq.data.training import TrainingBatch, TrainingLoader
-from swinq.errors import ConfigError, ExportError, SwinqError
+from swinq.errors import ExportError, SwinqError
 from swinq.models.layers import SwinBase, set_drop_path
 from swinq.train import parallel
 from swinq.train.average import Average
 from swinq.train.distill import Distillation
 from swinq.train.graphs import CapturedStages, capture_stages, hold_gradients
+from swinq.train.job import describe_job, require_same_job
 from swinq.train.monitor import Monitor
 from swinq.train.optimizer import Schedule, build_optimizer, parameters_of
 from swinq.train.precision import autocast
@@ -36,7 +37,7 @@ from swinq.train.randomness import gather, restore_rank, seed_step
 from swinq.train.ranges import learn_ranges
 from swinq.train.settings import Settings
 from swinq.train.signals import StopRequest
-from swinq.train.state import CheckpointFolder, Saved
+from swinq.train.state import CheckpointFolder
 
 CURVE_POINTS = 200  # of loss and rate, kept for the report
 FIRST_SAVE = 100  # steps, where the interval is found by itself
@@ -80,7 +81,8 @@ class Surroundings:
         images: the training images, with their augmentation. workers: processes that decode them.
         device: of this rank. identity: what a checkpoint must share with this job, plain JSON.
         judge: gives the top-1 of the plain model in percent; all ranks call it.
-        keep: stores the plain model as the best so far, of a step, with a top-1; all ranks call it.
+        keep: stores the plain model as the best so far, of a step, with a top-1; all ranks call it,
+            and it tells all of them whether it could.
     """
 
     images: Augmented
@@ -92,7 +94,11 @@ class Surroundings:
     monitor: Monitor
     identity: dict[str, Any]
     judge: Callable[[nn.Module], float]
-    keep: Callable[[nn.Module, int, float], None]
+    keep: Callable[[nn.Module, int, float], bool]
+
+    def job(self, settings: Settings) -> dict[str, Any]:
+        """What a checkpoint must share with this job, plain JSON."""
+        return describe_job(settings, self.identity, len(self.images))
 
 
 def train(calibrated: SwinBase, around: Surroundings, settings: Settings) -> Progress:
@@ -126,7 +132,7 @@ class _Loop:
 
         self.saved = around.folder.newest()
         if self.saved is not None:
-            self._require_same_job(self.saved)
+            require_same_job(self.saved.path, self.saved.metadata["job"], around.job(settings))
             # found anew, a range may be a vector where the job began with a number
             saved = self.saved.part("model.")
             ranges = {name: saved[name] for name in saved if name.endswith("._amax")}
@@ -286,9 +292,11 @@ class _Loop:
         progress.judged.append((step, top1))
         self.around.monitor.evaluated(step, top1)
         self.around.monitor.ranges(self.calibrated)
-        if top1 > progress.best_top1:
+        # what was calibrated is found anew if it could not be kept
+        if top1 > progress.best_top1 and (
+            self.around.keep(self.calibrated, step, top1) or not step
+        ):
             progress.best_step, progress.best_top1 = step, top1
-            self.around.keep(self.calibrated, step, top1)
         self.model.train()
 
     def _write_back(self) -> None:
@@ -309,7 +317,7 @@ class _Loop:
         tensors |= gather()
         self.progress.seconds = time.monotonic() - self.started
         metadata = {
-            "job": self._job(),
+            "job": self.around.job(self.settings),
             "progress": asdict(self.progress),
             "scaler": self.scaler.state_dict(),
         }
@@ -354,24 +362,6 @@ class _Loop:
         self.progress.judged = [tuple(p) for p in self.progress.judged]  # type: ignore[misc]
         console.say(f"resumed: step {saved.step} of {self.total} from {saved.path}", "good")
         return saved.step
-
-    def _job(self) -> dict[str, Any]:
-        settings = self.settings.decisive()
-        settings["micro_batches"] = settings.pop("accumulation") * distributed.world_size()
-        return {**self.around.identity, **settings, "images": len(self.around.images)}
-
-    def _require_same_job(self, saved: Saved) -> None:
-        ours, theirs = self._job(), saved.metadata["job"]
-        differing = [
-            f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
-            for name in {**theirs, **ours}
-            if theirs.get(name) != ours.get(name)
-        ]
-        if differing:
-            raise ConfigError(
-                f"{saved.path} is of another job: {'; '.join(differing[:4])}",
-                "repeat the command that began it, or begin another with --tag NAME",
-            )
 
 
 class _Unread:

@@ -8,6 +8,7 @@ from torch import nn
 
 from swinq.errors import ConfigError
 from swinq.quant.insert import named_quantizers, used_quantizers
+from swinq.quant.quantizer import TensorQuantizer
 
 # kind -> the quantizers of a layer that belong to it, by the last part of their names
 _MEMBERS = {
@@ -39,9 +40,18 @@ def learn_ranges(model: nn.Module, kinds: Collection[str]) -> list[nn.Parameter]
         The new parameters, logarithms of the ranges, in the order of the forward.
 
     Raises:
+        ConfigError: see `learners`.
+        CalibrationError: a range that is not known yet.
+    """
+    return [quantizer.learn_range() for quantizer in learners(model, kinds)]
+
+
+def learners(model: nn.Module, kinds: Collection[str]) -> list[TensorQuantizer]:
+    """The quantizers of some kinds that the model and its int8_mode use; none for no kinds.
+
+    Raises:
         ConfigError: an unknown kind, kinds of which this model has no quantizer, or input ranges
             that are folded into weights whose own ranges stay.
-        CalibrationError: a range that is not known yet.
     """
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
@@ -52,7 +62,7 @@ def learn_ranges(model: nn.Module, kinds: Collection[str]) -> list[nn.Parameter]
     chosen = [
         quantizer for name, quantizer in used_quantizers(model).items() if kind_of(name) in kinds
     ]
-    if not chosen:
+    if kinds and not chosen:
         raise ConfigError(
             f"the model has no quantizer of the kinds that should learn: {', '.join(kinds)}",
             "name other kinds in QAT.LEARN_RANGES (probabilities have a range only where they are "
@@ -65,7 +75,7 @@ def learn_ranges(model: nn.Module, kinds: Collection[str]) -> list[nn.Parameter]
             f"{vectors[0].name}: as it grows, the weight would leave its fixed range",
             "let weight ranges learn with the input ranges: --opts QAT.LEARN_RANGES [input,weight]",
         )
-    return [quantizer.learn_range() for quantizer in chosen]
+    return chosen
 
 
 def fix_ranges(model: nn.Module) -> None:

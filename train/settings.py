@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 # May differ when a job is resumed: they change what is seen or kept, or the last bits at most.
-FREE = ("save_steps", "print_steps", "compile_blocks", "cuda_graphs", "parallel")
+FREE = ("save_steps", "print_steps", "checkpointing", "compile_blocks", "cuda_graphs", "parallel")
 
 
 @dataclass(frozen=True)

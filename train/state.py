@@ -130,6 +130,14 @@ class CheckpointFolder:
         """
         return _broadcast(self._newest_here() if distributed.is_main() else None)
 
+    def peek(self) -> tuple[Path, dict[str, Any]] | None:
+        """The metadata of the newest file that has any, unverified; this rank alone looks."""
+        for _, path in sorted(self._files().items(), reverse=True):
+            with suppress(SafetensorError, OSError, ValueError, KeyError):
+                with safe_open(path, framework="pt") as file:
+                    return path, decode((file.metadata() or {})["state"])
+        return None
+
     def _newest_here(self) -> Saved | None:
         for pattern in _LEFTOVERS:
             for leftover in self.folder.glob(pattern):

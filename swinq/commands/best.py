@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from swinq import api, console, distributed
 from swinq.commands.session import Session
-from swinq.errors import SwinqError
+from swinq.errors import ExportError, SwinqError
 from swinq.models.layers import SwinBase
 from swinq.train.qat import Progress
 
@@ -21,11 +21,25 @@ def best_path(session: Session) -> Path:
     return session.training_folder / "best.safetensors"
 
 
-def keep_best(session: Session, model: nn.Module, step: int, top1: float) -> None:
-    """Write the model as the best so far, on rank 0, with its step and top-1 in percent."""
+def keep_best(session: Session, model: nn.Module, step: int, top1: float) -> bool:
+    """Write the model as the best so far, on rank 0, with its step and top-1 in percent.
+
+    Returns:
+        whether it could be written, on all ranks; if not, a warning says so.
+    """
+    kept = True
     if distributed.is_main():
         judged = {"step": step, "top1": top1}
-        session.write_calibrated(best_path(session), model, judged=judged)
+        try:
+            session.write_calibrated(best_path(session), model, judged=judged)
+        except ExportError as error:
+            kept = False
+            console.say(
+                f"warning: the model of step {step}, with top-1 {top1:.2f} %, could not be kept: "
+                f"{error}",
+                "warning",
+            )
+    return bool(distributed.broadcast_(torch.tensor(int(kept))))
 
 
 def load_best(

@@ -34,6 +34,8 @@ from swinq.report.environment import describe_file
 
 # From this input size on, the official configurations squash images instead of cropping them.
 SQUASHED_FROM = 384
+# a training job that has begun keeps its batch
+TRAINING_TOO_LARGE = "--opts QAT.CUDA_GRAPHS False; another --batch-size would be another job"
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,14 @@ class Session:
 
         That of calib is config.yaml, another's config_<action>.yaml, so that a later look at a
         run's files does not replace what they were made with.
+
+        Raises:
+            SwinqError: results could not be written in the end, or not all ranks see their folder.
         """
         saved = "config.yaml" if self.action == "calib" else f"config_{self.action}.yaml"
         if distributed.is_main():
+            if self.action in ("calib", "export", "train"):
+                preflight.writable(self.checkpoints)
             configuration.save(self.config, self.folder / saved)
         if self.action in ("calib", "train"):  # ranks read what rank 0 writes, at the latest then
             self.require_shared(self.folder / saved)
@@ -145,15 +152,15 @@ class Session:
             judged=judged,
         )
 
-    def spare_what_is_read(self, written: Path, *, teacher: str = "") -> None:
+    def spare_what_is_read(self, *written: Path, teacher: str = "") -> None:
         """Refuse to write over the checkpoint that a run starts from, or its teacher.
 
         Raises:
-            ConfigError: `written` is one of them.
+            ConfigError: one of them would be written.
         """
         start = preflight.weights_flag(self.config)
         for flag, path in ((start, weights_of(self.config)), ("--teacher", teacher)):
-            if path and Path(path).resolve() == written.resolve():
+            if path and Path(path).resolve() in [file.resolve() for file in written]:
                 raise ConfigError(
                     f"{flag} {path} is the file that this run would write: it could not be "
                     "repeated",
@@ -224,6 +231,7 @@ class Session:
             num_workers=self.workers,
             indices=self.evaluation_indices(dataset),
             label=label,
+            if_too_large=TRAINING_TOO_LARGE if self.action == "train" else "",
         )
 
 

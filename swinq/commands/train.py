@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from swinq import api, console, distributed
 from swinq.calib.calibrate import Calibration, measure_residual
-from swinq.commands.best import keep_best, load_best
+from swinq.commands.best import best_path, keep_best, load_best
 from swinq.commands.calib import Outcome, calibration_sample, conclude, find_ranges
 from swinq.commands.judging import Judging
 from swinq.commands.session import RankImages, Session, load_model, weights_of
@@ -28,14 +28,16 @@ from swinq.errors import ConfigError, DataError
 from swinq.export.integrity import digest
 from swinq.int8.choice import IntegerModel
 from swinq.models.layers import SwinBase
-from swinq.quant.insert import set_int8_mode
+from swinq.quant.insert import quantize_model, set_int8_mode
 from swinq.quant.spec import QuantSpec
 from swinq.report.schema import TrainingPoint, TrainingSummary, ValidationPoint
 from swinq.train.distill import Distillation
 from swinq.train.graphs import can_capture
+from swinq.train.job import require_same_job
 from swinq.train.monitor import Monitor
 from swinq.train.parallel import is_sharded
 from swinq.train.qat import Progress, StoppedError, Surroundings, train
+from swinq.train.ranges import learners
 from swinq.train.settings import Settings
 from swinq.train.state import CheckpointFolder
 
@@ -51,9 +53,10 @@ def run(config: Config) -> int:
     if config.QAT.DETERMINISTIC:
         _require_determinism()
     session = Session.open(config, "train")
-    session.spare_what_is_read(session.trained_path(), teacher=config.QAT.DISTILL.TEACHER)
+    session.spare_what_is_read(
+        session.trained_path(), best_path(session), teacher=config.QAT.DISTILL.TEACHER
+    )
     with _checkpoints(session).alone():
-        session.begin()
         return _train(session)
 
 
@@ -82,9 +85,14 @@ def _train(session: Session) -> int:
     float_model = load_model(session, ranges=False) if calibrated else given
     settings = settings_of(config, session.device)
     around = _surroundings(session, settings, given, float_model, images, val)  # refuses early
+    spec = given.quant_spec if calibrated else QuantSpec.from_config(config.QUANT)
+    _require_trainable(config, settings, float_model, spec)
+    if distributed.is_main() and (newest := around.folder.peek()):
+        path, saved = newest
+        require_same_job(path, saved["job"], around.job(settings))
+    session.begin()  # not before: the configuration of a job stays when another is refused
     quantized, sample, seconds = given, calibration_sample(session, images), 0.0
     if not calibrated:
-        spec = QuantSpec.from_config(config.QUANT)
         quantized, sample, seconds = find_ranges(session, spec, given, images)
     set_int8_mode(quantized, config.INT8.MODE)
     before = {name: tensor.clone().cpu() for name, tensor in quantized.state_dict().items()}
@@ -156,6 +164,14 @@ def _require_determinism() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+
+
+def _require_trainable(
+    config: Config, settings: Settings, float_model: nn.Module, spec: QuantSpec
+) -> None:
+    """Refuse kinds of ranges that the recipe does not have, before any range is found."""
+    quantized = quantize_model(copy.deepcopy(float_model), spec)
+    learners(set_int8_mode(quantized, config.INT8.MODE), settings.learned)
 
 
 def _require_own_ranges(config: Config) -> None:

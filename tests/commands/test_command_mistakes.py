@@ -154,6 +154,17 @@ def test_output_in_the_way_of_a_file_is_refused(tmp_path: Path) -> None:
     assert "taken" in message and "--output" in message
 
 
+@pytest.mark.parametrize("action", ["--calib", "--train"])
+def test_checkpoints_that_could_not_be_written_in_the_end_are_refused_at_the_start(
+    action: str, tmp_path: Path
+) -> None:
+    (tmp_path / "taken").write_text("")
+    place = tmp_path / "taken" / "folder"
+    ran = swinq(action, "--output", tmp_path, "--calib-output-path", place)
+    assert ran.code == 2 and "calibration: " not in ran.out
+    assert f"cannot write to {place}" in ran.err and "--calib-output-path" in ran.err
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
 def test_output_that_may_not_be_written_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(0o500)

@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 import swinq
 from swinq.commands import train
 from swinq.commands.best import load_best
+from swinq.commands.session import Session
 from swinq.demo.checkpoint import CHECKPOINT
+from swinq.errors import ExportError
 from swinq.quant.insert import quantize_model
 from swinq.train.qat import Progress
 from tests.commands.command_line import done, metadata_of, refused, tensors_of, write_digits
@@ -66,6 +68,7 @@ def test_the_same_command_again_trains_nothing_and_writes_the_same(trained: Path
         (("--opts", "AUG.AUTO_AUGMENT", "best"), "AUTO_AUGMENT 'best'"),
         (("--teacher", "no.pth", "--batch-size", "8"), "no.pth cannot be read"),
         (("--opts", "QAT.DISTILL.SCALE", "2"), "QAT.DISTILL.SCALE is given (--opts)"),
+        (("--batch-size", "8", "--opts", "QAT.LEARN_RANGES", "[probabilities]"), "no quantizer of"),
     ],
 )
 def test_what_cannot_be_trained_is_refused_before_it_is_calibrated(
@@ -79,9 +82,15 @@ def test_what_cannot_be_trained_is_refused_before_it_is_calibrated(
     "change",
     [("AUG.MIXUP", "0.1"), ("MODEL.LABEL_SMOOTHING", "0.2"), ("CALIB.PERCENTILE", "99.0")],
 )
-def test_what_changes_the_job_is_not_resumed(trained: Path, change: tuple[str, str]) -> None:
+def test_what_changes_the_job_is_not_resumed(
+    trained: Path, change: tuple[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before it calibrates, and the configuration that would be repeated stays."""
+    monkeypatch.setattr(train, "find_ranges", None)
+    saved = (trained / "config_train.yaml").read_bytes()
     message = refused(*FINETUNE, *change, "--output", trained.parents[1])
     assert f"is of another job: {change[0]} " in message and f"{change[1]} here" in message
+    assert (trained / "config_train.yaml").read_bytes() == saved
 
 
 def test_other_images_make_another_job_and_the_same_elsewhere_do_not(tmp_path: Path) -> None:
@@ -125,6 +134,33 @@ def test_where_a_trained_best_model_is_lost_the_last_one_is_taken(
     assert torch.equal(state["head.weight"], last.state_dict()["head.weight"])
     assert (progress.best_step, progress.best_top1) == (8, 60.0)
     assert "exported, with top-1 60.00 % instead of 70.00 %" in capsys.readouterr().out
+
+
+def test_a_best_model_that_finds_no_room_does_not_end_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one of step 1 cannot be kept: that of step 2 is, though it is no better."""
+    from swinq.train import qat
+
+    real, scores = Session.write_calibrated, iter([10.0, 30.0, 20.0])
+
+    def full(self: Session, path: Path, model: Any, *, judged: Any = None) -> None:
+        if judged and judged["step"] == 1:
+            raise ExportError("No space left on device", "free space")
+        real(self, path, model, judged=judged)
+
+    def judge(self: Any, step: int) -> None:
+        object.__setattr__(self.around, "judge", lambda model: next(scores))
+        judged(self, step)
+
+    judged = qat._Loop._judge
+    monkeypatch.setattr(qat._Loop, "_judge", judge)
+    monkeypatch.setattr(Session, "write_calibrated", full)
+    job = ("--train", "--cfg", "demo", "--num-epochs", "2", *TINY[5:])
+    ran = done(*job, "--batch-size", "16", *BATCHES[2:], "--output", tmp_path)
+    assert "the model of step 1, with top-1 30.00 %, could not be kept: No space" in ran.out
+    best = tmp_path / "micro_swin_digits" / "qat" / "training" / "best.safetensors"
+    assert json.loads(metadata_of(best)["judged"]) == {"step": 2, "top1": 20.0}
 
 
 def test_a_kept_model_counts_as_it_was_judged(
@@ -197,6 +233,8 @@ def test_what_a_job_reads_is_not_what_it_writes(trained: Path, tmp_path: Path) -
     start = ("--resume", trained / TRAINED, "--calib-output-path", trained, "--output", tmp_path)
     message = refused(*FINETUNE, *start)
     assert f"--resume {trained / TRAINED} is the file that this run would write" in message
+    best = ("--resume", trained / "training" / "best.safetensors")
+    assert "--resume " in refused(*FINETUNE, *best, "--output", trained.parents[1])
     teacher = ("--teacher", trained / TRAINED, "--calib-output-path", trained)
     assert "--teacher " in refused(*FINETUNE, *teacher, "--output", tmp_path)
 

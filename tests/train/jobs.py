@@ -80,8 +80,9 @@ class Judge:
         self.seen.append({n: t.clone() for n, t in model.state_dict().items()})
         return self.scores[min(len(self.seen), len(self.scores)) - 1]
 
-    def keep(self, model: nn.Module, step: int, top1: float) -> None:
+    def keep(self, model: nn.Module, step: int, top1: float) -> bool:
         self.kept.append({n: t.clone() for n, t in model.state_dict().items()})
+        return True
 
 
 def run_job(

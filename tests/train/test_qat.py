@@ -165,6 +165,19 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         run_job(tmp_path, tiny_calibrated(), rate=2e-3)
 
 
+def test_a_job_that_no_longer_fits_goes_on_with_checkpointing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from swinq.train import settings
+
+    before = tuple(name for name in settings.FREE if name != "checkpointing")
+    with monkeypatch.context() as older:  # a checkpoint that names it all the same
+        older.setattr(settings, "FREE", before)
+        run_job(tmp_path, tiny_calibrated())
+    progress = run_job(tmp_path, tiny_calibrated(), checkpointing=True)
+    assert len(progress.judged) == 3 and progress.judged[-1][0] == 8
+
+
 def test_a_gradient_that_is_not_finite_ends_the_job_and_spares_the_checkpoint(
     tmp_path: Path,
 ) -> None:
