@@ -5,7 +5,7 @@ if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
                  PATHS /usr/local/cuda)
     if(NOT SWINQ_NVCC)
         message(FATAL_ERROR "no nvcc in CUDACXX, CUDA_HOME, CUDA_PATH, PATH or /usr/local/cuda\n"
-                            "  fix: install the CUDA toolkit 12.4 or later (no GPU is needed) or name "
+                            "  fix: install the CUDA toolkit 12.5 or later (no GPU is needed) or name "
                             "its folder in CUDA_HOME")
     endif()
     set(CMAKE_CUDA_COMPILER "${SWINQ_NVCC}")
