@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from swinq import api, console, distributed
 from swinq.commands.session import Session
 from swinq.errors import ExportError, SwinqError
+from swinq.export.format import decode
 from swinq.models.layers import SwinBase
 from swinq.train.qat import Progress
 
@@ -90,5 +90,5 @@ def _judgement(path: Path) -> tuple[int, float] | None:
         said = (file.metadata() or {}).get("judged")
     if said is None:
         return None
-    judged = json.loads(said)
+    judged = decode(said)
     return int(judged["step"]), float(judged["top1"])

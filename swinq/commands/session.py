@@ -27,6 +27,7 @@ from swinq.demo.checkpoint import CHECKPOINT
 from swinq.errors import ConfigError
 from swinq.evaluate import Predictions, evaluate
 from swinq.export.calibrated import write_calibrated
+from swinq.flags import RANGE_ACTIONS
 from swinq.int8 import choice
 from swinq.int8.choice import IntegerModel
 from swinq.models.architecture import Architecture
@@ -92,10 +93,10 @@ class Session:
         """
         saved = "config.yaml" if self.action == "calib" else f"config_{self.action}.yaml"
         if distributed.is_main():
-            if self.action in ("calib", "export", "train"):
+            if self.action in (*RANGE_ACTIONS, "export"):
                 preflight.writable(self.checkpoints)
             configuration.save(self.config, self.folder / saved)
-        if self.action in ("calib", "train"):  # ranks read what rank 0 writes, at the latest then
+        if self.action in RANGE_ACTIONS:  # ranks read what rank 0 writes, at the latest then
             self.require_shared(self.folder / saved)
 
     def require_shared(self, *paths: Path) -> None:

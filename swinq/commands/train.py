@@ -85,14 +85,14 @@ def _train(session: Session) -> int:
     float_model = load_model(session, ranges=False) if calibrated else given
     settings = settings_of(config, session.device)
     around = _surroundings(session, settings, given, float_model, images, val)  # refuses early
-    spec = given.quant_spec if calibrated else QuantSpec.from_config(config.QUANT)
-    _require_trainable(config, settings, float_model, spec)
+    spec = None if calibrated else QuantSpec.from_config(config.QUANT)
+    _require_trainable(config, settings, given, spec)
     if distributed.is_main() and (newest := around.folder.peek()):
         path, saved = newest
         require_same_job(path, saved["job"], around.job(settings))
     session.begin()  # not before: the configuration of a job stays when another is refused
     quantized, sample, seconds = given, calibration_sample(session, images), 0.0
-    if not calibrated:
+    if spec is not None:
         quantized, sample, seconds = find_ranges(session, spec, given, images)
     set_int8_mode(quantized, config.INT8.MODE)
     before = {name: tensor.clone().cpu() for name, tensor in quantized.state_dict().items()}
@@ -123,7 +123,6 @@ def settings_of(config: Config, device: torch.device) -> Settings:
     distill, ranks, on_gpu = qat.DISTILL, distributed.world_size(), device.type == "cuda"
     step = config.DATA.BATCH_SIZE * trained.ACCUMULATION_STEPS * ranks
     compiled = qat.COMPILE == "yes" or (qat.COMPILE == "auto" and on_gpu)
-    graphs = qat.CUDA_GRAPHS and compiled  # else the GPU is the limit, not the host
     sharded = is_sharded(qat.PARALLEL)
     return Settings(
         epochs=qat.EPOCHS,
@@ -145,7 +144,8 @@ def settings_of(config: Config, device: torch.device) -> Settings:
         drop_path=config.MODEL.DROP_PATH_RATE,
         checkpointing=trained.USE_CHECKPOINT,
         compile_blocks=compiled,
-        cuda_graphs=graphs
+        cuda_graphs=qat.CUDA_GRAPHS
+        and compiled  # else the GPU is the limit, not the host
         and can_capture(device, checkpointing=trained.USE_CHECKPOINT, sharded=sharded),
         parallel=qat.PARALLEL,
         deterministic=qat.DETERMINISTIC,
@@ -167,10 +167,14 @@ def _require_determinism() -> None:
 
 
 def _require_trainable(
-    config: Config, settings: Settings, float_model: nn.Module, spec: QuantSpec
+    config: Config, settings: Settings, given: nn.Module, spec: QuantSpec | None
 ) -> None:
-    """Refuse kinds of ranges that the recipe does not have, before any range is found."""
-    quantized = quantize_model(copy.deepcopy(float_model), spec)
+    """Refuse kinds of ranges that the recipe does not have, before any range is found.
+
+    Args:
+        spec: how a float model will be quantized; None of one that is.
+    """
+    quantized = given if spec is None else quantize_model(copy.deepcopy(given), spec)
     learners(set_int8_mode(quantized, config.INT8.MODE), settings.learned)
 
 
