@@ -9,12 +9,14 @@
 
 #include "engine/c_arguments.h"
 #include "engine/checkpoint.h"
+#include "engine/dequantized.h"
 #include "engine/device.h"
 #include "engine/error.h"
 #include "engine/plan.h"
 
 struct swinq_plan {
     std::unique_ptr<swinq::Plan> plan;
+    int int8_layers;
 };
 
 namespace {
@@ -24,7 +26,11 @@ using namespace swinq;
 constexpr swinq_plan_options kDefaults = {/*fuse_mlp=*/1, /*fuse_norm=*/1, /*use_tile_cache=*/1};
 
 swinq_plan* plan_of(const swinq_model& model, const swinq_plan_options& options, int device) {
-    return new swinq_plan{make_plan(model, options, device)};
+    std::unique_ptr<Plan> plan = make_plan(model, options, device);  // which checks the model
+    const auto int8_layers = std::count_if(
+        model.layers, model.layers + model.layer_count,
+        [](const swinq_layer& layer) { return element_type(layer.precision) == SWINQ_INT8; });
+    return new swinq_plan{std::move(plan), static_cast<int>(int8_layers)};
 }
 
 const Plan& plan_in(const swinq_plan* plan) {
@@ -126,6 +132,17 @@ swinq_status swinq_plan_create_from_file(const char* path, int int8_mode, int de
     });
 }
 
+swinq_status swinq_plan_create_dequantized(const char* path, int device, swinq_plan** plan) {
+    return guarded([&] {
+        require_pointer("plan", plan);
+        *plan = nullptr;
+        require_pointer("path", path);
+        const Checkpoint checkpoint(path, 0);
+        const Dequantized dequantized{Model(checkpoint.model())};
+        *plan = plan_of(dequantized.model(), kDefaults, device);
+    });
+}
+
 void swinq_plan_destroy(swinq_plan* plan) {
     delete plan;
 }
@@ -156,6 +173,14 @@ swinq_status swinq_launch_count(const swinq_plan* plan, int* launches) {
     return guarded([&] {
         require_pointer("launches", launches);
         *launches = launch_count(plan_in(plan));
+    });
+}
+
+swinq_status swinq_int8_layer_count(const swinq_plan* plan, int* layers) {
+    return guarded([&] {
+        require_pointer("layers", layers);
+        plan_in(plan);
+        *layers = plan->int8_layers;
     });
 }
 

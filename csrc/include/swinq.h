@@ -114,11 +114,19 @@ SWINQ_API swinq_status swinq_plan_create_with_options(const swinq_model* model,
 SWINQ_API swinq_status swinq_plan_create_from_file(const char* path, int int8_mode, int device,
                                                    swinq_plan** plan);
 
+/* The plan of such a file in fp32 throughout, its int8 layers dequantized (weight = scale * code)
+ * and its fp16 ones widened: the same function but for the rounding of activations, computed by
+ * other kernels. For checking a plan of the file; its weights take four times the memory. */
+SWINQ_API swinq_status swinq_plan_create_dequantized(const char* path, int device,
+                                                     swinq_plan** plan);
+
 SWINQ_API swinq_status swinq_plan_architecture(const swinq_plan* plan,
                                                swinq_architecture* architecture);
 SWINQ_API swinq_status swinq_workspace_size(const swinq_plan* plan, int batch, size_t* bytes);
 SWINQ_API swinq_status swinq_weight_bytes(const swinq_plan* plan, size_t* bytes);
 SWINQ_API swinq_status swinq_launch_count(const swinq_plan* plan, int* launches);
+/* Linear layers and attentions that compute with int8 codes. */
+SWINQ_API swinq_status swinq_int8_layer_count(const swinq_plan* plan, int* layers);
 
 /* Logits of a batch. Device memory: images (batch, in_chans, img_size, img_size) of image_type half
  * or float and logits (batch, num_classes) fp32, both 16-byte aligned; workspace 256-byte aligned.

@@ -13,8 +13,8 @@ constexpr char kUsage[] =
     "  window      side of a window in tokens: 7 or 12 (v1), 8, 16 or 24 (v2)\n"
     "  img         side of an image in pixels: 224 or 384 (v1), 256 or 384 (v2)\n"
     "  batch       number of images\n"
-    "  --checkpoint FILE  an exported checkpoint, all of its layers fp16, instead of made-up\n"
-    "                     weights\n";
+    "  --checkpoint FILE  an exported checkpoint instead of made-up weights, all of its layers\n"
+    "                     fp16: data_type 1\n";
 
 }  // namespace
 

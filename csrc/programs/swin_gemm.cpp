@@ -51,6 +51,21 @@ std::vector<uint8_t> made_up_operand(const swinq_gemm_arguments& gemm) {
     return bytes;
 }
 
+size_t output_bytes(const swinq_gemm_arguments& gemm) {  // of fp32, the widest type
+    return static_cast<size_t>(gemm.m) * gemm.n * sizeof(float);
+}
+
+// Before the first GEMM is tuned: the largest one might come after minutes.
+void require_memory_of_each(const Gemms& gemms, int batch) {
+    size_t most = 0;
+    for (const auto& entry : gemms) {
+        const swinq_gemm_arguments& gemm = entry.second;
+        const size_t operand = static_cast<size_t>(gemm.m) * gemm.k * width_of(gemm.operand);
+        most = std::max(most, operand + output_bytes(gemm));
+    }
+    require_memory("the largest GEMM of a batch of " + std::to_string(batch), most);
+}
+
 float time_tile(const Stream& stream, swinq_gemm_arguments gemm, const int32_t (&tile)[3]) {
     std::copy(tile, tile + 3, gemm.tile);
     const Graph graph(stream, [&](cudaStream_t s) {
@@ -61,8 +76,8 @@ float time_tile(const Stream& stream, swinq_gemm_arguments gemm, const int32_t (
 
 swinq_tuned_gemm tune(const Stream& stream, swinq_gemm_arguments gemm) {
     const DeviceMemory a(made_up_operand(gemm));
-    const DeviceMemory out(static_cast<size_t>(gemm.m) * gemm.n * sizeof(float));
-    check(cudaMemset(out.get(), 0, static_cast<size_t>(gemm.m) * gemm.n * sizeof(float)), "memset");
+    const DeviceMemory out(output_bytes(gemm));
+    check(cudaMemset(out.get(), 0, output_bytes(gemm)), "memset");
     gemm.a = a.get(), gemm.out = out.get();
     int32_t tiles[kTiles][3];
     int count = kTiles;
@@ -137,6 +152,7 @@ int run(const std::vector<int>& n) {
             add_gemms(a, numbers, batch, owners, gemms);
         }
     }
+    require_memory_of_each(gemms, batch);
     std::printf("      m      n      k  operand activation output  default us    best us   tile\n");
     const Stream stream;
     std::vector<swinq_tuned_gemm> tuned;

@@ -29,6 +29,11 @@ void test_mistakes() {
     check_status(swinq_plan_create(nullptr, 0, &plan), SWINQ_INVALID_ARGUMENT, "model is null");
     check_status(swinq_plan_create_from_file("x", 3, 0, &plan), SWINQ_INVALID_ARGUMENT,
                  "int8_mode is 3");
+    check_status(swinq_plan_create_dequantized(nullptr, 0, &plan), SWINQ_INVALID_ARGUMENT,
+                 "path is null");
+    check_status(swinq_plan_create_dequantized("/no/such", 0, &plan), SWINQ_INVALID_ARGUMENT,
+                 "cannot be read");
+    check_status(swinq_int8_layer_count(nullptr, &count), SWINQ_INVALID_ARGUMENT, "plan is null");
     swinq_plan_destroy(nullptr);
 
     float vector[64] = {};

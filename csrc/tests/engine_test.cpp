@@ -1,5 +1,6 @@
-// What of the engine needs no GPU: weight layouts, the tile cache, JSON, safetensors, and what the
-// C ABI says to mistakes. Prints what failed; the exit code is 1 if anything did.
+// What of the engine needs no GPU: weight layouts, dequantized models, the tile cache, JSON,
+// safetensors, and what the C ABI says to mistakes. Prints what failed; the exit code is 1 if
+// anything did.
 #include <sys/wait.h>
 #include <unistd.h>
 #include <algorithm>
@@ -358,6 +359,7 @@ int main() {
     test_json();
     test_sha256();
     test_safetensors(folder);
+    test_dequantized();
     test_mistakes();
     test_without_gpu();
     test_shared_memory();

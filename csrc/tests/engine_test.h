@@ -17,6 +17,9 @@ std::string refusal(const std::function<void()>& work);
 void check_refused(const std::string& what, const std::string& words,
                    const std::function<void()>& work);
 
+// A model of codes as one of floats (engine_dequantized.cpp).
+void test_dequantized();
+
 // What the C ABI says to mistakes, and to everything where there is no GPU (engine_mistakes.cpp).
 void test_mistakes();
 void test_without_gpu();

@@ -14,6 +14,7 @@
 #include "kernels/layernorm.h"
 #include "kernels/mlp.h"
 #include "kernels/patch_embed.h"
+#include "tests/host_runtime.h"
 
 namespace swinq {
 namespace {
@@ -102,7 +103,7 @@ Row product(const GemmArguments& g, int64_t m) {
 
 }  // namespace
 
-void gemm(const GemmArguments& g, const GemmTile*, cudaStream_t) {
+static void run_gemm(const GemmArguments& g) {
     const bool to_stream = g.output == Output::kResidual || g.output == Output::kStream;
     const Type type = to_stream                    ? g.stream
                       : g.output == Output::kCodes ? Type::kInt8
@@ -151,7 +152,7 @@ int64_t attention_shared_bytes(const AttentionArguments& a) {
     return int64_t{12} * a.window * a.window;
 }
 
-void attention(const AttentionArguments& a, cudaStream_t) {
+static void run_attention(const AttentionArguments& a) {
     const int side = a.resolution, tokens = a.window * a.window, width = 2 * a.window - 1;
     const float* table = a.bias ? a.bias : a.bias_table;
     auto token = [&](int image, int wy, int wx, int i) {  // of a window of the rolled map
@@ -214,7 +215,7 @@ void attention(const AttentionArguments& a, cudaStream_t) {
     }
 }
 
-void prenorm(const PrenormArguments& a, cudaStream_t) {
+static void run_prenorm(const PrenormArguments& a) {
     const int side = a.merge ? a.resolution / 2 : a.resolution, parts = a.merge ? 4 : 1;
     for (int64_t row = 0; row < int64_t{a.batch} * side * side; ++row) {
         const int64_t image = row / side / side, y = row / side % side, x = row % side;
@@ -236,7 +237,7 @@ void prenorm(const PrenormArguments& a, cudaStream_t) {
     }
 }
 
-void postnorm(const PostnormArguments& a, cudaStream_t) {
+static void run_postnorm(const PostnormArguments& a) {
     for (int64_t row = 0; row < a.rows; ++row) {
         Row y;
         for (int c = 0; c < a.channels; ++c) {
@@ -253,7 +254,7 @@ void postnorm(const PostnormArguments& a, cudaStream_t) {
     }
 }
 
-void pool(const PoolArguments& a, cudaStream_t) {
+static void run_pool(const PoolArguments& a) {
     for (int64_t image = 0; image < a.batch; ++image) {
         std::vector<double> sums(static_cast<size_t>(a.channels));
         bool finite = a.status == nullptr || a.status[image] == 0;
@@ -277,7 +278,7 @@ int64_t patch_embed_shared_bytes(const PatchEmbedArguments& a) {
     return int64_t{2} * a.channels * a.in_chans * a.patch_size * a.patch_size;
 }
 
-void patch_embed(const PatchEmbedArguments& a, cudaStream_t) {
+static void run_patch_embed(const PatchEmbedArguments& a) {
     const int side = a.img_size / a.patch_size, depth = a.in_chans * a.patch_size * a.patch_size;
     for (int image = 0; a.status && image < a.batch; ++image) a.status[image] = 0;
     for (int64_t row = 0; row < int64_t{a.batch} * side * side; ++row) {
@@ -321,7 +322,7 @@ void mlp_layout_fc2(const int8_t* weight, int channels, int hidden, int8_t* laid
     std::copy_n(weight, int64_t{channels} * hidden, laid_out);
 }
 
-void mlp(const MlpArguments& a, cudaStream_t) {
+static void run_mlp(const MlpArguments& a) {
     auto linear = [](const std::vector<int8_t>& codes, const int8_t* weight, int n,
                      const float* factor, const float* bias) {
         Row y;
@@ -360,6 +361,30 @@ void mlp(const MlpArguments& a, cudaStream_t) {
             store(Type::kHalf, a.x, m * a.channels + c, x[size_t(c)] + value, 0);
         }
     }
+}
+
+// ---- what the engine calls: into the graph that is being captured, or at once ----
+
+void gemm(const GemmArguments& a, const GemmTile*, cudaStream_t) {
+    testing::enqueue([a] { run_gemm(a); });
+}
+void attention(const AttentionArguments& a, cudaStream_t) {
+    testing::enqueue([a] { run_attention(a); });
+}
+void prenorm(const PrenormArguments& a, cudaStream_t) {
+    testing::enqueue([a] { run_prenorm(a); });
+}
+void postnorm(const PostnormArguments& a, cudaStream_t) {
+    testing::enqueue([a] { run_postnorm(a); });
+}
+void pool(const PoolArguments& a, cudaStream_t) {
+    testing::enqueue([a] { run_pool(a); });
+}
+void patch_embed(const PatchEmbedArguments& a, cudaStream_t) {
+    testing::enqueue([a] { run_patch_embed(a); });
+}
+void mlp(const MlpArguments& a, cudaStream_t) {
+    testing::enqueue([a] { run_mlp(a); });
 }
 
 }  // namespace swinq

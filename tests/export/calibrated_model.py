@@ -29,11 +29,17 @@ def lively_model(arch: Architecture, *, seed: int = 0) -> nn.Module:
 
 
 def calibrated_model(
-    arch: Architecture, *, spec: QuantSpec | None = None, vectors: bool = False, seed: int = 0
+    arch: Architecture,
+    *,
+    spec: QuantSpec | None = None,
+    vectors: bool = False,
+    seed: int = 0,
+    on: Tensor | None = None,
 ) -> nn.Module:
     """The same with quantizers, calibrated on noise.
 
     Args:
+        on: calibrate on these images instead.
         vectors: give qkv, fc1 and reduction an input scale for each channel.
     """
     model = quantize_model(lively_model(arch, seed=seed), spec or QuantSpec())
@@ -44,7 +50,7 @@ def calibrated_model(
         )
         quantizer.observer = _running_maximum(largest, name, quantizer, per_channel)
     with torch.no_grad(), float_layers(model):
-        model(images(arch, 4, seed=seed + 1))
+        model(images(arch, 4, seed=seed + 1) if on is None else on)
     for name, quantizer in named_quantizers(model).items():
         quantizer.observer = None
         if name in largest:
