@@ -1,11 +1,13 @@
 """Kills QAT jobs at any moment, repeats their command, and compares what they end with.
 
     python tests/train/kill_job.py FOLDER --ranks 2 --kills 30 --seed 1
+    python tests/train/kill_job.py FOLDER --device cuda --cfg swin_tiny_patch4_window7_224
 
-A job is the command as it is typed, on made-up images. This process imports everything once and
-forks the ranks of each run; it stands for torchrun, which ends all ranks when one has failed. A
-job is hit at the nth call of something in EVENTS, or after a time. What came of each hit is a line
-of JSON, the last line sums up, and the exit code is 1 if anything was lost, differed or hung.
+A job is the command as it is typed, on made-up images; on a GPU it asks for QAT.DETERMINISTIC.
+This process imports everything once and forks the ranks of each run; it stands for torchrun, which
+ends all ranks when one has failed. A job is hit at the nth call of something in EVENTS, or after a
+time. What came of each hit is a line of JSON, the last line sums up, and the exit code is 1 if
+anything was lost, differed or hung.
 """
 
 from __future__ import annotations
@@ -38,12 +40,13 @@ from swinq import cli
 from swinq.train import parallel, qat, state
 
 SAVE_STEPS = 4
-COMMAND = (
-    *("--train", "--cfg", "demo", "--data-path", "fake:64", "--device", "cpu", "--distill"),
+FLAGS = (
+    *("--train", "--data-path", "fake:64", "--distill"),
     *("--num-calib-batch", "2", "--calib-batchsz", "8", "--batch-size", "4"),
     *("--sensitivity-images", "0", "--opts", "QAT.EPOCHS", "2"),
     *("REPORT.TENSORBOARD", "false", "QAT.SAVE_STEPS", str(SAVE_STEPS), "QAT.EMA", "0.5"),
 )
+COMMAND = ("--cfg", "demo", "--device", "cpu", *FLAGS)
 # What a job can be hit at: a function, under the name by which it is called
 EVENTS: tuple[tuple[Any, str], ...] = (
     (qat, "seed_step"),
@@ -57,7 +60,8 @@ IN_A_STEP = ("seed_step", "clip_gradients")
 CODES = {"TERM": 143, "USR1": 138, "INT": 130}
 KINDS = ("KILL", *CODES, "full disk", "flipped bit", "cut short")
 SMALL_FILE = 100_000  # bytes: more than a page of the report, less than a checkpoint
-HANG_S, STRAGGLE_S = 120.0, 30.0  # for a run, and for its end once a rank has failed
+HANG_S = {"cpu": 120.0, "cuda": 580.0}  # for a run; on a GPU the first one compiles
+STRAGGLE_S = 30.0  # for its end once a rank has failed
 MOST_HITS = 3  # of one job
 
 
@@ -97,11 +101,14 @@ class Run:
 class Job:
     """A command that is repeated until it is done, in a folder of its own."""
 
-    def __init__(self, folder: Path, ranks: int, workers: int) -> None:
-        self.folder, self.ranks = folder, ranks
+    def __init__(self, folder: Path, ranks: int, workers: int, cfg: str, device: str) -> None:
+        self.folder, self.ranks, self.device = folder, ranks, device
         accumulation = 2 // ranks  # the same steps on 1 and 2 ranks
-        self.argv = (*COMMAND, "TRAIN.ACCUMULATION_STEPS", str(accumulation))
-        self.argv = (*("--output", str(folder), "--workers", str(workers)), *self.argv)
+        self.argv = [
+            *("--cfg", cfg, "--device", device, "--output", str(folder)),
+            *("--workers", str(workers), *FLAGS, "TRAIN.ACCUMULATION_STEPS", str(accumulation)),
+            *("QAT.DETERMINISTIC", str(device == "cuda")),
+        ]
         folder.mkdir(parents=True)
 
     def run(self, hit: Hit | None = None) -> Run:
@@ -182,7 +189,7 @@ class Job:
                 failed = now
                 for pid in left:
                     os.kill(pid, signal.SIGTERM)
-            if now - began > HANG_S or (failed and now - failed > STRAGGLE_S):
+            if now - began > HANG_S[self.device] or (failed and now - failed > STRAGGLE_S):
                 for pid in left:
                     os.kill(pid, signal.SIGKILL)
             time.sleep(0.002)
@@ -303,12 +310,15 @@ def main() -> int:
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cfg", default="demo")
+    parser.add_argument("--device", choices=HANG_S, default="cpu")
     args = parser.parse_args()
     torch.set_num_threads(1)  # and no thread before a fork
     chance = random.Random(args.seed)
 
     def job(name: str, workers: int = 0) -> Job:
-        return Job(args.folder / f"{args.ranks}-{args.seed}-{name}", args.ranks, workers)
+        folder = args.folder / f"{args.ranks}-{args.seed}-{name}"
+        return Job(folder, args.ranks, workers, args.cfg, args.device)
 
     began = time.monotonic()
     whole = job("reference")
