@@ -101,13 +101,15 @@ class Run:
 class Job:
     """A command that is repeated until it is done, in a folder of its own."""
 
-    def __init__(self, folder: Path, ranks: int, workers: int, cfg: str, device: str) -> None:
+    def __init__(
+        self, folder: Path, ranks: int, workers: int, cfg: str, device: str, opts: list[str]
+    ) -> None:
         self.folder, self.ranks, self.device = folder, ranks, device
         accumulation = 2 // ranks  # the same steps on 1 and 2 ranks
         self.argv = [
             *("--cfg", cfg, "--device", device, "--output", str(folder)),
             *("--workers", str(workers), *FLAGS, "TRAIN.ACCUMULATION_STEPS", str(accumulation)),
-            *("QAT.DETERMINISTIC", str(device == "cuda")),
+            *("QAT.DETERMINISTIC", str(device == "cuda"), *opts),
         ]
         folder.mkdir(parents=True)
 
@@ -312,13 +314,14 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--cfg", default="demo")
     parser.add_argument("--device", choices=HANG_S, default="cpu")
+    parser.add_argument("--opts", nargs="*", default=[])
     args = parser.parse_args()
     torch.set_num_threads(1)  # and no thread before a fork
     chance = random.Random(args.seed)
 
     def job(name: str, workers: int = 0) -> Job:
         folder = args.folder / f"{args.ranks}-{args.seed}-{name}"
-        return Job(folder, args.ranks, workers, args.cfg, args.device)
+        return Job(folder, args.ranks, workers, args.cfg, args.device, args.opts)
 
     began = time.monotonic()
     whole = job("reference")
