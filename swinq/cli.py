@@ -38,7 +38,7 @@ def resolve(args: argparse.Namespace) -> tuple[Config, dict[str, str]]:
     if cfg is not None:
         path = config_files.find("model", cfg)
         configuration.merge_file(config, path)
-        if path == config_files.find("model", "demo") and not (args.resume or args.pretrained):
+        if path == config_files.find("model", "demo") and not _names_weights(args):
             configuration.put(config, "DEMO", True, "--cfg demo" if args.cfg else "no other flag")
     if args.recipe is not None:
         configuration.merge_recipe(config, config_files.find("recipe", args.recipe))
@@ -113,10 +113,10 @@ def _main(argv: Sequence[str]) -> int:
             "warning",
         )
     if config.DEMO:
+        digits = args.action in DATA_ACTIONS and config.DATA.DATA_PATH == "digits"
+        data = " on scikit-learn's handwritten digits" if digits else ""
         console.say(
-            "demo: the shipped micro-Swin on scikit-learn's handwritten digits, as no model and no "
-            "data are named; these are not ImageNet numbers",
-            "warning",
+            f"demo: the shipped micro-Swin{data}; these are not ImageNet numbers", "warning"
         )
     if args.dry_run:
         from swinq import preflight
@@ -223,9 +223,14 @@ def _complete_training(config: Config) -> None:
 
 def _names_nothing(args: argparse.Namespace) -> bool:
     """Whether a command names no model, no weights and no data, and so means the demo."""
-    keys = {"MODEL.RESUME", "MODEL.PRETRAINED", "DATA.DATA_PATH"} & set((args.opts or [])[::2])
-    given = (args.cfg, args.resume, args.pretrained, args.data_path)
-    return bool(args.action) and not keys and given == (None, None, None, None)
+    named = _names_weights(args) or "DATA.DATA_PATH" in (args.opts or [])[::2]
+    return bool(args.action) and not named and (args.cfg, args.data_path) == (None, None)
+
+
+def _names_weights(args: argparse.Namespace) -> bool:
+    """Whether a command names a checkpoint."""
+    keys = {"MODEL.RESUME", "MODEL.PRETRAINED"} & set((args.opts or [])[::2])
+    return bool(keys) or (args.resume, args.pretrained) != (None, None)
 
 
 def _use_local_rank(text: str | None) -> None:
@@ -313,16 +318,52 @@ def _check_training(config: Config) -> None:
             f"({origins.get('TRAIN.OPTIMIZER.NAME', 'set in Python')}), and QAT has adamw",
             "--optim adamw",
         )
+    if not config.AMP_ENABLE and _typed(config, "QAT.AMP_TYPE"):
+        raise _contradiction(config, "QAT.AMP_TYPE", "AMP_ENABLE", "trains in fp32")
+    if config.QAT.CUDA_GRAPHS and _typed(config, "QAT.CUDA_GRAPHS"):
+        uncaptured = {
+            "TRAIN.USE_CHECKPOINT": config.TRAIN.USE_CHECKPOINT,
+            "QAT.COMPILE": config.QAT.COMPILE == "no",
+        }
+        for key in (key for key, without in uncaptured.items() if without):
+            raise _contradiction(config, "QAT.CUDA_GRAPHS", key, "trains without CUDA graphs")
     if not distill.ENABLED:
+        switch = "QAT.DISTILL.ENABLED"
         stated = [key for key in origins if configuration.under(key, "QAT.DISTILL")]
-        typed = [key for key in stated if origins[key].startswith("--")]
+        typed = [key for key in stated if _typed(config, key) and key != switch]
         if typed:
+            why = f": {_stated(config, switch)}" if switch in origins else ""
             raise ConfigError(
-                f"{typed[0]} is given ({origins[typed[0]]}), but nothing is distilled",
-                "add --distill",
+                f"{_stated(config, typed[0])} is given, but nothing is distilled{why}",
+                "add --distill, or leave it out",
             )
-    elif not distill.LABEL_SCALE + distill.SCALE + distill.FEATURES:
+    elif not distill.SCALE + distill.FEATURES:
         raise ConfigError(
-            "QAT.DISTILL.SCALE, LABEL_SCALE and FEATURES are all 0: there is nothing to learn from",
-            "leave them at their defaults",
+            f"the teacher has no effect: both {_stated(config, 'QAT.DISTILL.SCALE')} and "
+            f"{_stated(config, 'QAT.DISTILL.FEATURES')} leave its loss out",
+            "give one of them a weight, such as --distillation-loss-scale 1, or train without "
+            "--distill and --teacher",
         )
+
+
+def _typed(config: Config, key: str) -> bool:
+    """Whether a flag or --opts states a key."""
+    return config.origins.get(key, "").startswith("--")
+
+
+def _stated(config: Config, key: str) -> str:
+    """A key with its value, as it was stated: by the flag that was typed, or with its origin."""
+    origin = config.origins.get(key, "the default")
+    value = schema.shown(dict(configuration.leaves(config))[key])
+    flag = FLAGS.get(origin.removeprefix("--"))
+    if flag is None or flag.name == "opts":
+        return f"{key} {value} ({origin})"
+    return f"{origin} {value}" if flag.metavar else origin
+
+
+def _contradiction(config: Config, key: str, other: str, meaning: str) -> ConfigError:
+    """The error for a key that was typed and that another one makes meaningless."""
+    return ConfigError(
+        f"{_stated(config, key)} is given, but {_stated(config, other)} {meaning}",
+        "leave one of them out",
+    )

@@ -50,6 +50,18 @@ def test_naming_anything_leaves_the_demo() -> None:
     assert not config.DEMO and "MODEL.TYPE" not in config.origins
     assert not resolved("--eval", "--opts", "MODEL.RESUME", "a", "DATA.DATA_PATH", "fake").DEMO
     assert not resolved("--throughput", "--cfg", TINY).DEMO  # random weights tell the time as well
+    assert not resolved("--eval", "--cfg", "demo", "--opts", "MODEL.RESUME", "a").DEMO
+
+
+@pytest.mark.parametrize("data", ["digits", "fake:8"])
+def test_the_demo_says_whose_digits_it_sees_only_where_it_sees_them(
+    data: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--calib", "--cfg", "demo", "--data-path", data, "--device", "cpu", "--dry-run"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "not ImageNet numbers" in out
+    assert ("handwritten digits" in out) == (data == "digits")
 
 
 def test_flags_reach_their_keys_with_their_origin() -> None:
@@ -86,7 +98,7 @@ def test_flags_reach_their_keys_with_their_origin() -> None:
     }
     words |= training
     argv = [word for flag, (text, _, _) in words.items() for word in (flag, text)]
-    config = resolved("--train", "--zip", "--use-checkpoint", "--disable-amp", *argv)
+    config = resolved("--train", "--zip", "--use-checkpoint", *argv)
     for flag, (_, key, value) in words.items():
         node: object = config
         for part in key.split("."):
@@ -94,7 +106,8 @@ def test_flags_reach_their_keys_with_their_origin() -> None:
         assert node == value, flag
         assert config.origins[key] == flag
     assert config.DATA.ZIP_MODE is True and config.SEED == 7
-    assert config.TRAIN.USE_CHECKPOINT is True and config.AMP_ENABLE is False
+    assert config.TRAIN.USE_CHECKPOINT is True
+    assert resolved("--train", "--disable-amp").AMP_ENABLE is False
     switches = {"--zip", "--use-checkpoint", "--disable-amp", "--distill"}
     keyed = {f"--{flag.name}" for flag in flags.FLAGS.values() if flag.keys}
     assert keyed == {*words, *switches, "--pretrained"}

@@ -69,10 +69,35 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str]] = {
         "--distillation-loss-scale",
         "add --distill",
     ),
+    "a teacher that is not listened to": (
+        (*TRAIN, "--distill", "--distillation-loss-scale", "0"),
+        "--distillation-loss-scale 0",
+        "--distillation-loss-scale 1",
+    ),
     "no loss at all": (
         (*TRAIN, "--distill", "--opts", "QAT.DISTILL.SCALE", "0", "QAT.DISTILL.LABEL_SCALE", "0"),
-        "all 0",
-        "defaults",
+        "QAT.DISTILL.SCALE 0.0 (--opts)",
+        "--distillation-loss-scale 1",
+    ),
+    "a teacher without distillation": (
+        (*TRAIN, "--opts", "QAT.DISTILL.ENABLED", "false", "--teacher", "t.pth"),
+        "--teacher t.pth is given, but nothing is distilled: QAT.DISTILL.ENABLED False (--opts)",
+        "add --distill, or leave it out",
+    ),
+    "an AMP type without AMP": (
+        (*TRAIN, "--disable-amp", "--amp-type", "fp16"),
+        "--amp-type fp16 is given, but --disable-amp",
+        "leave one of them out",
+    ),
+    "graphs of recomputed activations": (
+        (*TRAIN, "--use-checkpoint", "--opts", "QAT.CUDA_GRAPHS", "true"),
+        "QAT.CUDA_GRAPHS True (--opts) is given, but --use-checkpoint",
+        "leave one of them out",
+    ),
+    "graphs of what is not compiled": (
+        (*TRAIN, "--opts", "QAT.CUDA_GRAPHS", "true", "QAT.COMPILE", "no"),
+        "but QAT.COMPILE no (--opts)",
+        "leave one of them out",
     ),
     "a schedule from scratch": (
         (*TRAIN, "--opts", "TRAIN.BASE_LR", "1e-5"),

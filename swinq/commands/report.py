@@ -22,7 +22,7 @@ from swinq.commands.judging import Judged
 from swinq.commands.session import Session, weights_of
 from swinq.data.dataset import ImageDataset
 from swinq.data.loader import BatchLoader
-from swinq.data.sampling import calibration_indices, names_digest, sample_digest
+from swinq.data.sampling import calibration_indices, sample_digest
 from swinq.int8 import choice
 from swinq.int8.engine import CudaSwin
 from swinq.latency import device_name, measure_latency, measure_together
@@ -182,7 +182,7 @@ def _evaluation_digest(dataset: ImageDataset, chosen: Sequence[int]) -> str:
     """Exact for few images; for many, where reading all would cost a pass, by name and label."""
     if len(chosen) <= DIGESTED_IMAGES:
         return sample_digest(dataset, chosen)
-    return names_digest(dataset, sorted(chosen))
+    return dataset.names_digest(sorted(chosen))
 
 
 def _sample_images(session: Session, dataset: ImageDataset, count: int) -> list[Tensor]:

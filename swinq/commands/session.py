@@ -21,7 +21,7 @@ from swinq.data.archive import ZipDataset
 from swinq.data.dataset import ImageDataset, check_class_order
 from swinq.data.datasets import open_dataset
 from swinq.data.loader import BatchLoader
-from swinq.data.sampling import calibration_indices, names_digest
+from swinq.data.sampling import calibration_indices
 from swinq.data.transforms import EvalTransform, eval_transform
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.errors import ConfigError
@@ -205,7 +205,7 @@ class Session:
         check_class_order(opened.classes, getattr(model, "classes", None), opened.description)
         distributed.require_same(
             f"{split} images at --data-path {data.DATA_PATH} ({len(opened):,} here)",
-            partial(names_digest, opened),
+            lambda: opened.all_names_digest,
             "give every node the same images: copy them again, or use a disk that all share",
         )
         if split == "val" and self._typed("DATA.CACHE_MODE") and not isinstance(opened, ZipDataset):

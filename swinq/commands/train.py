@@ -23,7 +23,7 @@ from swinq.data.augment import Augmented, train_transform
 from swinq.data.dataset import ImageDataset, Transform, check_class_order
 from swinq.data.mixing import Mixing
 from swinq.data.order import StepOrder
-from swinq.data.sampling import names_digest, sample_digest
+from swinq.data.sampling import sample_digest
 from swinq.errors import ConfigError, DataError
 from swinq.export.integrity import digest
 from swinq.int8.choice import IntegerModel
@@ -232,8 +232,8 @@ def _surroundings(
         ),
         identity={
             **_identity(config, given, distillation),
-            "training images": names_digest(images)[:16],
-            "validation images": names_digest(val)[:16],
+            "training images": images.all_names_digest[:16],
+            "validation images": val.all_names_digest[:16],
         },
         judge=judge,
         keep=partial(keep_best, session),

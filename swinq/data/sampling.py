@@ -78,16 +78,3 @@ def batches_of_rank(n: int, batch_size: int, rank: int, world: int) -> list[rang
         range(start, min(start + batch_size, n))
         for start in range(rank * batch_size, n, world * batch_size)
     ]
-
-
-def names_digest(dataset: ImageDataset, indices: Iterable[int] | None = None) -> str:
-    """SHA-256 over names and labels of some images, of all for None, in their order.
-
-    Says which images were meant, not what they look like: no file is opened.
-    """
-    digest = hashlib.sha256()
-    for index in range(len(dataset)) if indices is None else indices:
-        name = dataset.path(index).encode("utf-8", "surrogateescape")
-        label = int(dataset.labels[index]).to_bytes(8, "little", signed=True)
-        digest.update(len(name).to_bytes(8, "little") + name + label)
-    return digest.hexdigest()

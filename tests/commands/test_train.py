@@ -67,7 +67,7 @@ def test_the_same_command_again_trains_nothing_and_writes_the_same(trained: Path
         (("--batch-size", "32"), "32 in all; the data set holds 16"),
         (("--opts", "AUG.AUTO_AUGMENT", "best"), "AUTO_AUGMENT 'best'"),
         (("--teacher", "no.pth", "--batch-size", "8"), "no.pth cannot be read"),
-        (("--opts", "QAT.DISTILL.SCALE", "2"), "QAT.DISTILL.SCALE is given (--opts)"),
+        (("--opts", "QAT.DISTILL.SCALE", "2"), "QAT.DISTILL.SCALE 2.0 (--opts) is given"),
         (("--batch-size", "8", "--opts", "QAT.LEARN_RANGES", "[probabilities]"), "no quantizer of"),
     ],
 )

@@ -11,7 +11,6 @@ from swinq.data.datasets import open_dataset
 from swinq.data.sampling import (
     batches_of_rank,
     calibration_indices,
-    names_digest,
     sample_digest,
 )
 from swinq.data.transforms import EvalTransform
@@ -108,13 +107,21 @@ class Named(ImageDataset):
 
 
 def test_digest_of_names_tells_other_labels_other_borders_and_another_order() -> None:
-    first = names_digest(Named(("ab", 0), ("c", 1)))
+    first = Named(("ab", 0), ("c", 1)).all_names_digest
     others = [
         Named(("ab", 0), ("c", 2)),
         Named(("a", 0), ("bc", 1)),
         Named(("ab", 0)),
         Named(("c", 1), ("ab", 0)),
     ]
-    assert first == names_digest(Named(("ab", 0), ("c", 1)))
-    assert all(names_digest(other) != first for other in others)
-    assert names_digest(others[3], [1, 0]) == first
+    assert first == Named(("ab", 0), ("c", 1)).all_names_digest
+    assert all(other.all_names_digest != first for other in others)
+    assert others[3].names_digest([1, 0]) == first
+
+
+def test_names_are_digested_once_whatever_the_transform(monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = Named(("ab", 0), ("c", 1))
+    found = dataset.all_names_digest
+    monkeypatch.setattr(Named, "path", None)
+    assert dataset.all_names_digest == found
+    assert dataset.with_transform(lambda picture: picture).all_names_digest == found
