@@ -37,6 +37,7 @@ from tests.int8.made_checkpoint import (
     write_made,
 )
 
+HOST = 0x1000  # which csrc/tests/host_runtime.cpp says is no memory of the device
 LIBRARY = Path(__file__).resolve().parents[1] / "build" / "kernels" / "libswinq_host.so"
 
 # Narrow heads are padded, 10 classes too; 16 are not. Windows of 4 in stages of 16 and 8 tokens.
@@ -45,7 +46,8 @@ ARCHITECTURES = {
     "v1": made_architecture(1),
     "v2": made_architecture(2),
     "v1 narrow heads": made_architecture(1, **NARROW_HEADS),
-    "v2 narrow heads": made_architecture(2, **NARROW_HEADS, num_classes=16),
+    # its hidden channels are 160 and 320 only if the ratio is a double
+    "v2 narrow heads": made_architecture(2, **NARROW_HEADS, num_classes=16, mlp_ratio=10 / 3),
     "v1 three stages": made_architecture(
         1, depths=(1, 2, 1), num_heads=(1, 2, 4), pretrained_window_sizes=(0, 0, 0)
     ),
@@ -199,6 +201,20 @@ def test_an_image_has_the_same_logits_in_any_batch(library: Library) -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
+def test_preparing_a_batch_runs_nothing_and_refuses_what_a_forward_does(library: Library) -> None:
+    arch = ARCHITECTURES["v1"]
+    images = made_images(arch)
+    with plan_of(library, made_checkpoint(arch)) as plan:
+        wanted = forward(library, plan, images, arch.num_classes)
+        for batch in (0, 2, 300):
+            library.prepare(plan, batch)
+        assert torch.equal(forward(library, plan, images, arch.num_classes), wanted)
+        with pytest.raises(EngineError, match="batch is -1"):
+            library.prepare(plan, -1)
+        with pytest.raises(EngineError, match="kernels count up to 1073741824"):
+            library.prepare(plan, 1 << 24)
+
+
 class OnHost(CudaSwin):
     """The engine with workspaces that are aligned as those of a GPU are."""
 
@@ -347,6 +363,9 @@ def test_forward_refuses_what_it_cannot_run(library: Library) -> None:
             ({3: -1}, "batch is -1"),
             ({3: 1 << 24}, "kernels count up to 1073741824"),
             ({4: at + 4}, "logits is at"),
+            ({1: HOST}, "images is at 0x1000 in the memory of the host, the plan is on device 0"),
+            ({4: HOST}, "logits is at 0x1000 in the memory of the host"),
+            ({5: HOST}, "workspace is at 0x1000 in the memory of the host"),
             ({5: at + 16}, "workspace is at .* not aligned to 256 bytes"),
             ({6: 1000}, "workspace has 1000 bytes, a batch of 1 wants"),
         ):

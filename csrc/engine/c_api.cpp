@@ -162,6 +162,17 @@ swinq_status swinq_workspace_size(const swinq_plan* plan, int batch, size_t* byt
     });
 }
 
+swinq_status swinq_prepare(const swinq_plan* plan, int batch) {
+    return guarded([&] {
+        const Plan& checked = plan_in(plan);
+        require_batch(batch);
+        workspace_bytes(checked, batch);  // refuses a batch whose rows cannot be counted
+        if (batch > 0) {
+            prepare(checked, batch);
+        }
+    });
+}
+
 swinq_status swinq_weight_bytes(const swinq_plan* plan, size_t* bytes) {
     return guarded([&] {
         require_pointer("bytes", bytes);
@@ -201,6 +212,9 @@ swinq_status swinq_forward(const swinq_plan* plan, const void* images, swinq_typ
         require_pointer("images", images, 16);
         require_pointer("logits", logits, 16);
         require_pointer("workspace", workspace, 256);
+        require_memory("images", images, checked.device);
+        require_memory("logits", logits, checked.device);
+        require_memory("workspace", workspace, checked.device);
         if (workspace_bytes < needed) {
             refuse(text("the workspace has ", workspace_bytes, " bytes, a batch of ", batch,
                         " wants ", needed),

@@ -103,6 +103,15 @@ AttentionArguments attention_arguments(const swinq_attention_arguments& c) {
     return a;
 }
 
+// Launches a kernel alone: in order, for the kernel before it may write its weights, too.
+template <typename Work>
+swinq_status launched(Work&& work) {
+    return guarded([&] {
+        const LaunchingScope in_order(Launching::kInOrder);
+        work();
+    });
+}
+
 void require_windows(int window, int heads) {
     require_range("window", window, 1, 1 << 10);
     require_range("heads", heads, 1, 1 << 16);
@@ -121,7 +130,7 @@ swinq_status swinq_gemm_layout(swinq_type type, const void* weight, int n, int k
 }
 
 swinq_status swinq_gemm(const swinq_gemm_arguments* arguments, void* stream) {
-    return guarded([&] {
+    return launched([&] {
         require_pointer("arguments", arguments);
         const GemmArguments g = gemm_arguments(*arguments);
         require_pointer("a", g.a, kAligned);
@@ -175,7 +184,7 @@ swinq_status swinq_attention_bias(const float* table, int window, int heads, flo
 }
 
 swinq_status swinq_attention(const swinq_attention_arguments* arguments, void* stream) {
-    return guarded([&] {
+    return launched([&] {
         require_pointer("arguments", arguments);
         const AttentionArguments a = attention_arguments(*arguments);
         if (a.batch != 0) {
@@ -185,7 +194,7 @@ swinq_status swinq_attention(const swinq_attention_arguments* arguments, void* s
 }
 
 swinq_status swinq_prenorm(const swinq_prenorm_arguments* arguments, void* stream) {
-    return guarded([&] {
+    return launched([&] {
         require_pointer("arguments", arguments);
         const swinq_prenorm_arguments& c = *arguments;
         require_range("batch", c.batch, 0, kMost);
@@ -217,7 +226,7 @@ swinq_status swinq_prenorm(const swinq_prenorm_arguments* arguments, void* strea
 }
 
 swinq_status swinq_postnorm(const swinq_postnorm_arguments* arguments, void* stream) {
-    return guarded([&] {
+    return launched([&] {
         require_pointer("arguments", arguments);
         const swinq_postnorm_arguments& c = *arguments;
         const Type y_type = type_of("y_type", c.y_type);
@@ -250,7 +259,7 @@ swinq_status swinq_postnorm(const swinq_postnorm_arguments* arguments, void* str
 }
 
 swinq_status swinq_pool(const swinq_pool_arguments* arguments, void* stream) {
-    return guarded([&] {
+    return launched([&] {
         require_pointer("arguments", arguments);
         const swinq_pool_arguments& c = *arguments;
         require_range("batch", c.batch, 0, kMost);
@@ -278,7 +287,7 @@ swinq_status swinq_pool(const swinq_pool_arguments* arguments, void* stream) {
 }
 
 swinq_status swinq_patch_embed(const swinq_patch_embed_arguments* arguments, void* stream) {
-    return guarded([&] {
+    return launched([&] {
         require_pointer("arguments", arguments);
         const swinq_patch_embed_arguments& c = *arguments;
         require_range("image_type", c.image_type, SWINQ_HALF, SWINQ_FLOAT);

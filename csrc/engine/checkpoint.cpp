@@ -95,16 +95,16 @@ class ArchitectureReader {
 
     int32_t integer(const char* name) { return integer(name, take(name)); }
 
-    float real(const char* name) {
+    double real(const char* name) {
         const Json json = take(name);
         if (const auto* whole = json.get_if<int64_t>()) {
-            return static_cast<float>(*whole);
+            return static_cast<double>(*whole);
         }
         const auto* value = json.get_if<double>();
         if (value == nullptr) {
             refuse_kind(name, json, "a number");
         }
-        return static_cast<float>(*value);
+        return *value;
     }
 
     void boolean(const char* name) {
@@ -185,7 +185,7 @@ swinq_architecture architecture_in(const Metadata& metadata) {
     const int32_t windows = reader.integers("pretrained_window_sizes", pretrained);
     a.window_size = reader.integer("window_size");
     a.mlp_ratio = reader.real("mlp_ratio");
-    a.norm_eps = reader.real("norm_eps");
+    a.norm_eps = static_cast<float>(reader.real("norm_eps"));
     reader.boolean("qkv_bias");
     reader.finish();
     if (heads != a.stages || windows != a.stages) {

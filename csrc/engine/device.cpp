@@ -14,6 +14,8 @@ namespace {
 
 constexpr int kMostDevices = 64;
 
+thread_local Launching launching_here = Launching::kEarly;
+
 int current_device() {
     int device = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
@@ -88,6 +90,23 @@ int shared_memory_limit() {
     });
 }
 
+Launching launching() {
+    return launching_here;
+}
+
+LaunchingScope::LaunchingScope(Launching launching) : previous_(launching_here) {
+    launching_here = launching;
+}
+
+LaunchingScope::~LaunchingScope() {
+    launching_here = previous_;
+}
+
+void load_kernel(const void* kernel) {
+    cudaFuncAttributes attributes;
+    check_cuda(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
+}
+
 void allow_shared_memory(const void* kernel, int bytes) {
     static std::mutex mutex;
     static std::map<std::pair<const void*, int>, int> allowed;
@@ -133,6 +152,19 @@ void require_device(int device) {
              text("device ", device, " (", device_name(device), ") has compute capability ",
                   capability / 10, ".", capability % 10, ", wanted 7.5 or later"),
              "use a GPU of the Turing generation or a later one");
+    }
+}
+
+void require_memory(const char* name, const void* pointer, int device) {
+    cudaPointerAttributes found = {};
+    check_cuda(cudaPointerGetAttributes(&found, pointer), "cudaPointerGetAttributes");
+    const bool on_host =
+        found.type == cudaMemoryTypeUnregistered || found.type == cudaMemoryTypeHost;
+    if (on_host || (found.type == cudaMemoryTypeDevice && found.device != device)) {
+        refuse(text(name, " is at ", pointer, " in the memory of ",
+                    on_host ? std::string("the host") : text("device ", found.device),
+                    ", the plan is on device ", device),
+               text("copy ", name, " to device ", device));
     }
 }
 

@@ -25,6 +25,10 @@ class DeviceGuard {
 // Throws unless the device exists and kernels exist for it.
 void require_device(int device);
 
+// Throws unless kernels of the device can read what lies at the pointer: its own memory, or
+// managed.
+void require_memory(const char* name, const void* pointer, int device);
+
 // Such as "NVIDIA H100 80GB HBM3".
 std::string device_name(int device);
 

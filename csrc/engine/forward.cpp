@@ -96,7 +96,7 @@ class Enqueuer {
     // Copies the logits out of their padded rows, if they lie in such.
     void copy_logits() const {
         const auto padded = static_cast<size_t>(plan_.image_bytes[size_t(Buffer::kLogits)]);
-        if (padded == 0) {
+        if (padded == 0 || launching() == Launching::kLoad) {
             return;
         }
         const size_t row = static_cast<size_t>(plan_.architecture.num_classes) * sizeof(float);
@@ -139,6 +139,14 @@ void enqueue(const Plan& plan, const Forward& forward) {
         std::visit(enqueuer, step);
     }
     enqueuer.copy_logits();
+}
+
+void prepare(const Plan& plan, int batch) {
+    const LaunchingScope loading(Launching::kLoad);
+    void* unread = plan.weights.get();  // only its alignment matters
+    for (Type images : {Type::kHalf, Type::kFloat}) {
+        enqueue(plan, {unread, images, batch, static_cast<float*>(unread), unread, nullptr});
+    }
 }
 
 int launch_count(const Plan& plan) {

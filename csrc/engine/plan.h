@@ -99,6 +99,9 @@ struct Forward {
 
 void enqueue(const Plan& plan, const Forward& forward);
 
+// Loads the code of all kernels that a forward of so many images launches.
+void prepare(const Plan& plan, int batch);
+
 // Kernels that a forward enqueues.
 int launch_count(const Plan& plan);
 

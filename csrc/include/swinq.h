@@ -3,14 +3,16 @@
  *     swinq_plan* plan;
  *     swinq_plan_create(&model, device, &plan);            copies and lays out the weights
  *     swinq_workspace_size(plan, batch, &bytes);
+ *     swinq_prepare(plan, batch);
  *     swinq_forward(plan, images, ..., workspace, bytes, stream);
  *     swinq_plan_destroy(plan);
  *
  * Every function returns a swinq_status; where it is not SWINQ_OK, swinq_last_error() is the reason
- * in words, and nothing was enqueued. The caller owns all memory but the plan's weights. Calls
- * enqueue on the given stream, allocate nothing, never synchronise and can be captured in a CUDA
- * graph. A plan is read-only after creation: several streams may use it at once, each with its own
- * workspace.
+ * in words. Arguments are refused before anything is enqueued; after SWINQ_CUDA_ERROR a part of a
+ * forward may have been. The caller owns all memory but the plan's weights. Forwards enqueue on the
+ * given stream and can be captured in a CUDA graph; of a batch that is prepared they allocate
+ * nothing and never synchronise. A plan is read-only after creation: several streams may use it at
+ * once, each with its own workspace.
  */
 #ifndef SWINQ_H
 #define SWINQ_H
@@ -28,7 +30,7 @@ extern "C" {
 #define SWINQ_API
 #endif
 
-#define SWINQ_ABI_VERSION 1
+#define SWINQ_ABI_VERSION 2
 #define SWINQ_MAX_STAGES 8
 
 typedef enum {
@@ -71,7 +73,7 @@ typedef struct {
     int32_t depths[SWINQ_MAX_STAGES];
     int32_t num_heads[SWINQ_MAX_STAGES];
     int32_t window_size; /* nominal; a stage no larger than it is one unshifted window */
-    float mlp_ratio;
+    double mlp_ratio; /* hidden channels of a stage: its channels times this, cut to an integer */
     float norm_eps;
 } swinq_architecture;
 
@@ -123,6 +125,9 @@ SWINQ_API swinq_status swinq_plan_create_dequantized(const char* path, int devic
 SWINQ_API swinq_status swinq_plan_architecture(const swinq_plan* plan,
                                                swinq_architecture* architecture);
 SWINQ_API swinq_status swinq_workspace_size(const swinq_plan* plan, int batch, size_t* bytes);
+/* Loads the kernels of a forward of `batch` images. CUDA else does so at a kernel's first launch,
+ * which may allocate and wait. */
+SWINQ_API swinq_status swinq_prepare(const swinq_plan* plan, int batch);
 SWINQ_API swinq_status swinq_weight_bytes(const swinq_plan* plan, size_t* bytes);
 SWINQ_API swinq_status swinq_launch_count(const swinq_plan* plan, int* launches);
 /* Linear layers and attentions that compute with int8 codes. */
@@ -136,7 +141,8 @@ SWINQ_API swinq_status swinq_forward(const swinq_plan* plan, const void* images,
                                      swinq_type image_type, int batch, float* logits,
                                      void* workspace, size_t workspace_bytes, void* stream);
 
-/* ---- each kernel alone ---- device pointers; see csrc/kernels for what the arguments mean ---- */
+/* ---- each kernel alone ---- device pointers; see csrc/kernels for what the arguments mean; starts
+ * when the work before it on the stream has ended ---- */
 
 typedef struct {
     int32_t operand, stream, activation, output; /* enums of kernels/types.h, kernels/gemm.h */

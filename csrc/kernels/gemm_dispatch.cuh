@@ -78,7 +78,7 @@ inline unsigned grid_size(const GemmArguments& g, int rows, int64_t tiles_across
     if (blocks > INT32_MAX) {
         throw Error(Error::kInvalidArgument,
                     "gemm: " + std::to_string(g.m) + " rows need " + std::to_string(blocks) +
-                        " blocks, more than a grid holds; use a smaller batch");
+                        " blocks, more than a grid holds\n  fix: use a smaller batch");
     }
     return static_cast<unsigned>(blocks);
 }

@@ -18,8 +18,8 @@ Encode find_encode() {
                "cudaGetDriverEntryPointByVersion(cuTensorMapEncodeTiled)");
     if (found != cudaDriverEntryPointSuccess) {
         throw Error(Error::kUnsupported,
-                    "the driver has no cuTensorMapEncodeTiled; sm_90 kernels need a driver for "
-                    "CUDA 12.0 or later");
+                    "the driver has no cuTensorMapEncodeTiled, which kernels of this GPU need\n"
+                    "  fix: install a driver for CUDA 12.0 or later");
     }
     return reinterpret_cast<Encode>(function);
 }
@@ -27,8 +27,11 @@ Encode find_encode() {
 }  // namespace
 
 CUtensorMap slab_map(const void* matrix, int rows, int row_bytes, int box_rows) {
+    CUtensorMap map = {};
+    if (launching() == Launching::kLoad) {
+        return map;
+    }
     static const Encode encode = find_encode();
-    CUtensorMap map;
     const cuuint64_t sizes[2] = {static_cast<cuuint64_t>(row_bytes), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[1] = {static_cast<cuuint64_t>(row_bytes)};
     const cuuint32_t box[2] = {128, static_cast<cuuint32_t>(box_rows)};
@@ -40,7 +43,8 @@ CUtensorMap slab_map(const void* matrix, int rows, int row_bytes, int box_rows) 
     if (result != CUDA_SUCCESS) {
         throw Error(Error::kCuda, "cuTensorMapEncodeTiled failed with " + std::to_string(result) +
                                       " for " + std::to_string(rows) + " rows of " +
-                                      std::to_string(row_bytes) + " bytes");
+                                      std::to_string(row_bytes) +
+                                      " bytes\n  fix: this is a fault of swinq, report it");
     }
     return map;
 }

@@ -41,10 +41,35 @@ int shared_memory_limit();
 // Raises a kernel's dynamic shared memory limit to `bytes`; throws if the device has less.
 void allow_shared_memory(const void* kernel, int bytes);
 
-// Launches with programmatic dependent launch where the device has it (sm_90): the kernel may start
-// while its predecessor in the stream ends, so it must call wait_for_predecessor() (device.cuh)
-// before it reads or writes anything that another kernel touches, in every thread of every block.
-// `cluster` neighbouring blocks of x form a cluster (sm_90 where it is not 1).
+// What launches on this thread do.
+enum class Launching {
+    // Programmatic dependent launch where the device has it (sm_90): the kernel may start while its
+    // predecessor in the stream ends. It must call wait_for_predecessor() (device.cuh), in every
+    // thread of every block, before it touches anything that a kernel of the same forward does;
+    // weights it may read before.
+    kEarly,
+    kInOrder,  // after its predecessor, which may have written the weights
+    kLoad      // nothing but load the kernel's code, for CUDA does so at the first launch
+};
+Launching launching();
+
+// How a scope's launches go; without one they are early.
+class LaunchingScope {
+  public:
+    explicit LaunchingScope(Launching launching);
+    ~LaunchingScope();
+    LaunchingScope(const LaunchingScope&) = delete;
+    LaunchingScope& operator=(const LaunchingScope&) = delete;
+
+  private:
+    const Launching previous_;
+};
+
+// Loads a kernel's code on the current device.
+void load_kernel(const void* kernel);
+
+// Launches a kernel as `launching()` says. `cluster` neighbouring blocks of x form a cluster (sm_90
+// where it is not 1).
 template <typename... Parameters, typename... Arguments>
 void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3 block,
                      int shared_bytes, cudaStream_t stream, Arguments... arguments) {
@@ -55,7 +80,7 @@ void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3
     config.stream = stream;
     cudaLaunchAttribute attributes[2] = {};
     config.attrs = attributes;
-    if (compute_capability() >= 90) {
+    if (launching() == Launching::kEarly && compute_capability() >= 90) {
         cudaLaunchAttribute& attribute = attributes[config.numAttrs++];
         attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
         attribute.val.programmaticStreamSerializationAllowed = 1;
@@ -68,6 +93,9 @@ void launch_clusters(int cluster, void (*kernel)(Parameters...), dim3 grid, dim3
     }
     if (shared_bytes > 48 * 1024) {
         allow_shared_memory(reinterpret_cast<const void*>(kernel), shared_bytes);
+    }
+    if (launching() == Launching::kLoad) {
+        return load_kernel(reinterpret_cast<const void*>(kernel));
     }
     check_cuda(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...),
                "cudaLaunchKernelEx");

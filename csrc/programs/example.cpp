@@ -146,7 +146,9 @@ class Session {
           images_(on_device(images, in_fp32)),
           logits_(sizeof(float) * classes() * count),
           workspace_bytes_(workspace_for(plan_, count)),
-          workspace_(workspace_bytes_) {}
+          workspace_(workspace_bytes_) {
+        check(swinq_prepare(plan_.get(), count));
+    }
 
     int classes() const { return architecture_in(plan_).num_classes; }
 

@@ -110,7 +110,7 @@ MadeUpModel::MadeUpModel(const swinq_architecture& architecture, Numbers numbers
 // read the stream, which starts at one, and of which each norm adds a fifth.
 void MadeUpModel::add_block(const std::string& name, int dim, int heads, int window) {
     const bool v1 = architecture_.version == 1;
-    const int hidden = static_cast<int>(static_cast<float>(dim) * architecture_.mlp_ratio);
+    const int hidden = static_cast<int>(dim * architecture_.mlp_ratio);
     const int64_t side = 2 * window - 1;
     const float read = v1 ? 5 : 8;  // the largest number that qkv and fc1 read
     add_norm(name + ".norm1", dim, v1 ? 1 : 0.2f);

@@ -24,6 +24,7 @@ void test_mistakes() {
     size_t bytes = 0;
     int count = 0;
     check_status(swinq_workspace_size(nullptr, 1, &bytes), SWINQ_INVALID_ARGUMENT, "plan is null");
+    check_status(swinq_prepare(nullptr, 1), SWINQ_INVALID_ARGUMENT, "plan is null");
     check_status(swinq_plan_create(nullptr, 0, nullptr), SWINQ_INVALID_ARGUMENT, "plan is null");
     swinq_plan* plan = nullptr;
     check_status(swinq_plan_create(nullptr, 0, &plan), SWINQ_INVALID_ARGUMENT, "model is null");

@@ -14,6 +14,8 @@
 #include <utility>
 #include <vector>
 
+#include "kernels/types.h"
+
 namespace {
 
 using Work = std::vector<std::function<void()>>;
@@ -39,6 +41,7 @@ T* object_of(Handle handle) {
 }  // namespace
 
 void swinq::testing::enqueue(std::function<void()> work) {
+    if (swinq::launching() == swinq::Launching::kLoad) return;
     if (captured) {
         captured->push_back(std::move(work));
     } else {
@@ -64,6 +67,17 @@ const char* cudaGetErrorString(cudaError_t) {
     return "an error of the host runtime";
 }
 cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) {
+    return cudaSuccess;
+}
+
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, const void*) {
+    return cudaSuccess;
+}
+// All memory is the device's, but for a page that no program has.
+cudaError_t cudaPointerGetAttributes(cudaPointerAttributes* attributes, const void* pointer) {
+    *attributes = {};
+    attributes->type = pointer == reinterpret_cast<void*>(0x1000) ? cudaMemoryTypeUnregistered
+                                                                  : cudaMemoryTypeDevice;
     return cudaSuccess;
 }
 

@@ -5,7 +5,8 @@
 
 namespace swinq::testing {
 
-// Does the work now, or whenever the graph is launched that this thread captures.
+// Does the work now, or whenever the graph is launched that this thread captures; never while
+// kernels are only loaded.
 void enqueue(std::function<void()> work);
 
 }  // namespace swinq::testing

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, c_char_p, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64, c_size_t, c_void_p
 
 import torch
 
-VERSION = 1  # of the ABI
+VERSION = 2  # of the ABI
 MAX_STAGES = 8  # that swinq_architecture holds
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY, CUDA_ERROR, INTERNAL_ERROR = range(6)
@@ -54,7 +54,7 @@ class ArchitectureStruct(ctypes.Structure):
         ("depths", c_int32 * MAX_STAGES),
         ("num_heads", c_int32 * MAX_STAGES),
         ("window_size", c_int32),
-        ("mlp_ratio", c_float),
+        ("mlp_ratio", c_double),
         ("norm_eps", c_float),
     ]
 
@@ -213,6 +213,7 @@ CALLS: dict[str, list[type]] = {
     "swinq_check_device": [c_int],
     "swinq_plan_create": [POINTER(ModelStruct), c_int, POINTER(c_void_p)],
     "swinq_workspace_size": [c_void_p, c_int, POINTER(c_size_t)],
+    "swinq_prepare": [c_void_p, c_int],
     "swinq_weight_bytes": [c_void_p, POINTER(c_size_t)],
     "swinq_launch_count": [c_void_p, POINTER(c_int)],
     "swinq_forward": [

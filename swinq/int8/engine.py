@@ -148,7 +148,7 @@ class CudaSwin:
         if len(images):
             # threads may share a stream: their kernels must not mix in one workspace
             with self._enqueueing:
-                workspace = self._workspace(self.plan.workspace_size(len(images)), keep)
+                workspace = self._workspace(self.plan.prepare(len(images)), keep)
                 self.plan.forward(images, logits, workspace)
         return logits
 
@@ -162,6 +162,8 @@ class CudaSwin:
         kept = self._workspaces.get(stream) if keep else None
         if kept is not None and kept.numel() >= size:
             return kept
+        if kept is not None:
+            del kept, self._workspaces[stream]  # or the device would have to hold both
         made = torch.empty(size, dtype=torch.uint8, device=self.device)
         if keep:
             self._workspaces[stream] = made
@@ -181,7 +183,7 @@ class CudaSwin:
 
 
 class Graph:
-    """A captured forward: one launch for all of its kernels.
+    """A captured forward: one launch for all of its kernels. For one thread at a time.
 
     Attributes:
         images: what a replay reads, (B, in_chans, S, S). logits: what it writes, (B, classes) fp32;

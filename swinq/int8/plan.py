@@ -65,16 +65,32 @@ class Plan:
         with devices.current(device):
             self.library.plan_create(ctypes.byref(model), device.index or 0, ctypes.byref(handle))
         self._handle = handle
-        self._sizes: dict[int, int] = {}
+        self._prepared: dict[int, int] = {}  # batch -> bytes of workspace
         weakref.finalize(self, self.library.plan_destroy, handle)
 
     def workspace_size(self, batch: int) -> int:
-        """Bytes that a forward of so many images needs."""
-        if batch not in self._sizes:
-            size = ctypes.c_size_t()
-            self.library.workspace_size(self._handle, batch, ctypes.byref(size))
-            self._sizes[batch] = size.value
-        return self._sizes[batch]
+        """Bytes that a forward of so many images needs.
+
+        Raises:
+            EngineError: more images than kernels can count, or fewer than none.
+        """
+        if not 0 <= batch < 1 << 31:  # ctypes would cut it to a C int in silence
+            raise EngineError(f"a batch of {batch} images", "give 0 to 2147483647, or split it")
+        size = ctypes.c_size_t()
+        self.library.workspace_size(self._handle, batch, ctypes.byref(size))
+        return size.value
+
+    def prepare(self, batch: int) -> int:
+        """Load the kernels of a forward of so many images, once: CUDA waits while it does that.
+
+        Returns:
+            As `workspace_size`.
+        """
+        if batch not in self._prepared:
+            size = self.workspace_size(batch)
+            self.library.prepare(self._handle, batch)
+            self._prepared[batch] = size
+        return self._prepared[batch]
 
     @property
     def weight_bytes(self) -> int:

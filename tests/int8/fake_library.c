@@ -8,8 +8,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+#define MOST_IMAGES 1000
+
 struct swinq_plan {
     int pixels, classes;
+    char prepared[MOST_IMAGES + 1];
 };
 
 static _Thread_local char error[512];
@@ -51,7 +54,7 @@ SWINQ_API swinq_status swinq_plan_create(const swinq_model* model, int device, s
             REFUSE(SWINQ_INVALID_ARGUMENT, "layer %s", model->layers[i].name);
         }
     }
-    *plan = malloc(sizeof **plan);
+    *plan = calloc(1, sizeof **plan);
     (*plan)->pixels = a->in_chans * a->img_size * a->img_size;
     (*plan)->classes = a->num_classes;
     ++live_plans;
@@ -65,8 +68,13 @@ SWINQ_API void swinq_plan_destroy(swinq_plan* plan) {
 
 SWINQ_API swinq_status swinq_workspace_size(const swinq_plan* plan, int batch, size_t* bytes) {
     (void)plan;
-    if (batch > 1000) REFUSE(SWINQ_OUT_OF_MEMORY, "a batch of %d images", batch);
+    if (batch > MOST_IMAGES) REFUSE(SWINQ_OUT_OF_MEMORY, "a batch of %d images", batch);
     *bytes = 64 * (size_t)batch;
+    return SWINQ_OK;
+}
+
+SWINQ_API swinq_status swinq_prepare(const swinq_plan* plan, int batch) {
+    ((swinq_plan*)plan)->prepared[batch] = 1;
     return SWINQ_OK;
 }
 
@@ -94,6 +102,7 @@ SWINQ_API swinq_status swinq_forward(const swinq_plan* plan, const void* images,
                                      void* workspace, size_t workspace_bytes, void* stream) {
     (void)stream;
     if ((uintptr_t)images % 16) REFUSE(SWINQ_INVALID_ARGUMENT, "images are not aligned");
+    if (!plan->prepared[batch]) REFUSE(SWINQ_INVALID_ARGUMENT, "the batch is not prepared");
     if (workspace_bytes < 64 * (size_t)batch) REFUSE(SWINQ_INVALID_ARGUMENT, "workspace");
     memset(workspace, 0xff, 64 * (size_t)batch);
     for (int b = 0; b < batch; ++b) {

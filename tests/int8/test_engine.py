@@ -1,6 +1,7 @@
 """CudaSwin: what it takes and refuses, before a stand-in; and on a GPU the real kernels' logits."""
 
 import gc
+import weakref
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -121,6 +122,30 @@ def test_a_stream_keeps_one_workspace_as_large_as_its_largest_batch(
     monkeypatch.setattr(devices, "stream", lambda device: 7)
     fake(images(fake.arch, 1))
     assert {stream: held.numel() for stream, held in fake._workspaces.items()} == {0: 320, 7: 64}
+
+
+def test_a_larger_workspace_is_made_when_the_old_one_is_gone(
+    fake: CudaSwin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake(images(fake.arch, 1))
+    old = weakref.ref(fake._workspaces[0])
+    freed = []
+
+    def empty(*size: object, **options: object) -> Tensor:
+        if options["dtype"] == torch.uint8:
+            freed.append(old() is None)
+        return made(*size, **options)
+
+    made = torch.empty
+    monkeypatch.setattr(torch, "empty", empty)
+    fake(images(fake.arch, 2))
+    assert freed == [True]
+
+
+@pytest.mark.parametrize("batch", [-1, 1 << 31, 1 << 32])
+def test_a_batch_that_no_c_int_holds_is_refused(fake: CudaSwin, batch: int) -> None:
+    with pytest.raises(EngineError, match=f"a batch of {batch} images"):
+        fake.plan.workspace_size(batch)
 
 
 def test_graph_holds_its_images_and_keeps_no_workspace_here(fake: CudaSwin) -> None:
