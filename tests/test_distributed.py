@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ import torch
 
 from swinq import distributed
 from swinq.errors import ConfigError, SwinqError
+from tests.train.ranks import free_port
 
 TWO_RANKS = """
 import sys, torch
@@ -76,12 +76,6 @@ except RuntimeError as error:
     print(error, flush=True)
     os._exit(3)
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def started(program: str, rank: int, port: int, repo_root: Path) -> subprocess.Popen[str]:

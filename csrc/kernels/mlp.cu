@@ -63,7 +63,7 @@ void launch_mlp(const MlpArguments& arguments, cudaStream_t stream) {
     using Small = SmallMlpShape<kChannels>;
     static_assert(S::kPartBytes % 1024 == 0 && (!S::kRing || S::kStagePasses > 0), "stages");
     const int64_t tiles = ceil_div(arguments.m, kRows);
-    if (tiles * Small::kParts <= int64_t{Small::kMostRounds} * multiprocessors()) {
+    if (arguments.m <= few_rows()) {
         launch_clusters(Small::kParts,
                         arguments.out_scale != nullptr ? small_mlp_kernel<Small, true>
                                                        : small_mlp_kernel<Small, false>,

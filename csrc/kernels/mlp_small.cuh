@@ -14,6 +14,11 @@
 
 namespace swinq {
 
+// Up to this many rows, two multiprocessors a tile, this form is taken.
+inline int few_rows() {
+    return multiprocessors() / 2 * kRows;
+}
+
 template <int kChannels_>
 struct SmallMlpShape : MlpShape<kChannels_> {
     using Base = MlpShape<kChannels_>;
@@ -35,9 +40,6 @@ struct SmallMlpShape : MlpShape<kChannels_> {
     static constexpr int kFc2Slabs = Base::kHidden / 128;
     static constexpr int kFc2SlabBytes = kPartOutputs * 128;
     static_assert(kFc1SlabBytes % 1024 == 0 && kFc2SlabBytes % 1024 == 0, "slabs");
-
-    // Blocks a multiprocessor up to which this form is taken.
-    static constexpr int kMostRounds = kChannels_ == 192 ? 2 : 1;
 
     __host__ __device__ static constexpr int first_fc1_slab(int part) {
         return part * kFc1Units / 4;

@@ -4,6 +4,7 @@
 #include <set>
 
 #include "gemm_problem.h"
+#include "kernels/gemm_wgmma_split.cuh"
 
 namespace swinq::testing {
 
@@ -117,7 +118,8 @@ bool needed(Type operand, const Combination& c) {
 
 // The tile that takes it, if there are as few tiles and as many slabs as it wants.
 bool is_split_tile(const GemmTile& tile) {
-    return tile.instruction == 1 && tile.rows == 64 && tile.columns == 64;
+    return tile.instruction == 1 && tile.rows == SplitTile::kRows &&
+           tile.columns == SplitTile::kColumns;
 }
 
 template <size_t kCount>

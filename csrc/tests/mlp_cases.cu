@@ -4,7 +4,7 @@
 
 #include "gemm_problem.h"
 #include "kernels/layernorm.h"
-#include "kernels/mlp.h"
+#include "kernels/mlp_small.cuh"
 #include "norm_problem.h"
 #include "swinq.h"
 
@@ -176,10 +176,9 @@ void compare_alone(Group& group, const Mlp& mlp_case, int alone, int many, bool 
 
 void mlp_suite(Report& report) {
     const bool quick = report.options().quick;
-    // the most that the kernel for few rows takes, of any width: kernels/mlp_small.cuh
-    const int few = multiprocessors() / 2 * 64;
-    // here some of the three warpgroups of a block have a second tile
-    const int two_rounds = multiprocessors() * 3 * 64 + 1;
+    const int few = few_rows();
+    // here some of the warpgroups of a block have a second tile
+    const int two_rounds = multiprocessors() * kWarpgroups * kRows + 1;
     report.group("fused mlp", 200, [&](Group& group) {
         for (int channels : {96, 128, 192, 256, 384, 512, 768}) {
             if (!mlp_supported(channels, 4 * channels)) continue;

@@ -14,15 +14,20 @@ from swinq.report.schema import from_json
 from tests.commands.command_line import done, tensors_of, write_digits
 from tests.commands.conftest import Demo
 from tests.threads import threads_of_torch
+from tests.train.ranks import free_port
 
 ROOT = Path(__file__).parents[2]
 FILES = ("calib", "int8_mode1", "int8_mode2")
 CALIB = ("--calib", "--sensitivity-images", "0", "--opts", "REPORT.TENSORBOARD", "false")
 
 
+MAIN = ROOT / "swinq" / "main.py"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""}
+
+
 def torchrun(ranks: int, *argv: object) -> subprocess.CompletedProcess[str]:
     """The command that a user types, from another folder than the checkout."""
-    return launched(ranks, ROOT / "swinq" / "main.py", *argv, cwd=ROOT.parent)
+    return launched(ranks, MAIN, *argv, cwd=ROOT.parent)
 
 
 def launched(
@@ -32,7 +37,7 @@ def launched(
     return subprocess.run(
         [str(word) for word in (sys.executable, *launch, program, *argv)],
         cwd=cwd,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": ""},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,
@@ -108,6 +113,57 @@ def test_ranks_that_do_not_divide_the_images_score_like_one_process(
     ]
     assert saved[0] == saved[1]
     assert saved[0]["results"][0]["images"] == 355
+
+
+TRAIN = (
+    *("--train", "--cfg", "demo", "--data-path", "fake:32", "--device", "cpu", "--distill"),
+    *("--batch-size", "4", "--num-epochs", "2", "--num-calib-batch", "2", "--calib-batchsz", "8"),
+    *("--workers", "0", "--sensitivity-images", "0", "--opts", "REPORT.TENSORBOARD", "false"),
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("meeting", ["c10d", "static"])
+def test_two_nodes_train_to_the_bits_of_one(meeting: str, tmp_path: Path) -> None:
+    """Started by hand: a torchrun on each node, and an output that they share."""
+    ran = torchrun(2, *TRAIN, "--output", tmp_path / "one")
+    assert ran.returncode == 0, ran.stderr
+    port = free_port()
+    nodes = []
+    for rank in range(2):
+        if meeting == "c10d":
+            where = ("--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}")
+        else:
+            where = ("--node_rank", rank, "--master_addr", "127.0.0.1", "--master_port", port)
+        launch = ("-m", "torch.distributed.run", "--nnodes", 2, "--nproc_per_node", 1, *where)
+        command = (sys.executable, *launch, MAIN, *TRAIN, "--output", tmp_path / "two")
+        nodes.append(
+            subprocess.Popen(
+                [str(word) for word in command],
+                env=ENVIRONMENT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        )
+    try:
+        said = [node.communicate(timeout=240) for node in nodes]
+    finally:
+        for node in nodes:
+            node.kill()
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert sum(out.count("report: ") for out, _ in said) == 1  # rank 0 speaks, alone
+
+    one, two = (tmp_path / name / "micro_swin_digits" / "qat" for name in ("one", "two"))
+    files = [{str(p.relative_to(f)) for p in f.rglob("*.safetensors")} for f in (one, two)]
+    assert files[0] == files[1] and len(files[0]) > 3
+    for name in files[0]:
+        ours, theirs = tensors_of(one / name), tensors_of(two / name)
+        assert ours.keys() == theirs.keys()
+        assert [n for n in ours if ours[n].numpy().tobytes() != theirs[n].numpy().tobytes()] == []
+    reports = [from_json((folder / "report.json").read_text()) for folder in (one, two)]
+    assert reports[0].models == reports[1].models
+    assert "torchrun --nnodes 2 swinq/main.py" in reports[1].run.command
 
 
 APART = """

@@ -2,7 +2,6 @@
 
 import copy
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -24,6 +23,7 @@ from swinq.train.ranges import KINDS, learn_ranges
 from tests.quant.ranges import set_ranges_to_maxima
 from tests.quant.recipes import recipe
 from tests.quant.tiny import tiny_swin
+from tests.train.ranks import free_port
 
 CPU = torch.device("cpu")
 IMAGES = torch.linspace(-1, 1, 4 * 3 * 32 * 32).view(4, 3, 32, 32).sin()
@@ -200,12 +200,6 @@ def test_clipping_gives_the_norm_and_scales_only_what_is_above(max_norm: float) 
     factor = max_norm / wanted if 0 < max_norm < wanted else 1.0
     for parameter, gradient in zip(parameters[:2], before, strict=True):
         torch.testing.assert_close(parameter.grad, factor * gradient, rtol=1e-5, atol=1e-6)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 @pytest.mark.slow
