@@ -1,7 +1,5 @@
 """The built libswinq on a GPU: against the reference and torch, same bits, non-finite numbers."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,7 +32,6 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not available(), reason="libswinq is not built"),
 ]
-ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = ("int8", "mode 2", "mixed", "fp16")
 
 
@@ -155,33 +152,6 @@ def test_forward_neither_waits_nor_allocates() -> None:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert torch.cuda.mem_get_info()[0] == free
-
-
-# Another process has loaded no kernel yet: memory that is free before and after a first forward.
-FIRST_FORWARD = """
-import torch
-from swinq.int8.engine import CudaSwin
-from tests.int8.made_checkpoint import made_architecture, made_checkpoint
-
-model = CudaSwin(made_checkpoint(made_architecture()))
-images, logits = torch.zeros(2, 3, 32, 32, device="cuda"), torch.zeros(2, 10, device="cuda")
-workspace = torch.empty({size}, dtype=torch.uint8, device="cuda")
-torch.cuda.synchronize()
-free = torch.cuda.mem_get_info()[0]
-model.plan.forward(images, logits, workspace)
-torch.cuda.synchronize()
-print(free - torch.cuda.mem_get_info()[0])
-"""
-
-
-@pytest.mark.parametrize("prepared", [True, False])
-def test_first_forward_of_a_prepared_batch_loads_no_kernel(prepared: bool) -> None:
-    size = f"model.plan.{'prepare' if prepared else 'workspace_size'}(2)"
-    script = FIRST_FORWARD.format(size=size)
-    ran = subprocess.run(
-        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert (int(ran.stdout) == 0) == prepared
 
 
 def test_memory_of_the_host_is_refused() -> None:
