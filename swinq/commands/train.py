@@ -89,8 +89,7 @@ def _train(session: Session) -> int:
     spec = None if calibrated else QuantSpec.from_config(config.QUANT)
     _require_trainable(config, settings, given, spec)
     if distributed.is_main() and (newest := around.folder.peek()):
-        path, saved = newest
-        require_same_job(path, saved["job"], around.job(settings))
+        require_same_job(*newest, around.job(settings))
     session.begin()  # not before: the configuration of a job stays when another is refused
     quantized, sample, seconds = given, calibration_sample(session, images), 0.0
     if spec is not None:
