@@ -35,7 +35,7 @@ from swinq.data.transforms import EvalTransform, eval_transform
 from swinq.errors import CheckpointError, ConfigError, SwinqError
 from swinq.evaluate import Predictions
 from swinq.evaluate import evaluate as run_evaluation
-from swinq.export.calibrated import require_unchanged, restore_ranges, spec_of
+from swinq.export.calibrated import judgement_of, require_unchanged, restore_ranges, spec_of
 from swinq.export.plain import collect_plain
 from swinq.export.reader import is_int8_checkpoint
 from swinq.export.writer import write_checkpoint
@@ -135,6 +135,7 @@ def float_model(loaded: LoadedCheckpoint, resized: Architecture | None = None) -
     model = build_model(arch)
     load_into(model, loaded, resize=resized is not None)
     model.classes = loaded.classes  # type: ignore[assignment]
+    model.judged = judgement_of(loaded)  # type: ignore[assignment]
     model.notes = loaded.notes  # type: ignore[assignment]
     model.transform = _recorded_transform(loaded.metadata)  # type: ignore[assignment]
     return model.eval()

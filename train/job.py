@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from swinq import distributed
-from swinq.errors import ConfigError
+from swinq.errors import CheckpointError, ConfigError
 from swinq.train.settings import FREE, Settings
 
 
@@ -21,12 +21,22 @@ def describe_job(settings: Settings, identity: dict[str, Any], images: int) -> d
     return {**identity, **stated, "images": images}
 
 
-def require_same_job(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+def require_same_job(path: Path, metadata: Any, ours: dict[str, Any]) -> None:
     """Refuse a checkpoint of another job.
+
+    Args:
+        metadata: of the checkpoint at the path, whoever wrote it; its "job" is compared.
 
     Raises:
         ConfigError: names what differs, with both values.
+        CheckpointError: the checkpoint does not say what job it is of.
     """
+    theirs = metadata.get("job") if isinstance(metadata, dict) else None
+    if not isinstance(theirs, dict):
+        raise CheckpointError(
+            f"{path} does not say what job it is of: its state has no 'job'",
+            "no training has written it: move it out of that folder",
+        )
     differing = [
         f"{name} {theirs.get(name)!r} there, {ours.get(name)!r} here"
         for name in {**theirs, **ours}

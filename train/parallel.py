@@ -113,12 +113,17 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         The norm over all parameters and ranks before that, 0-dim fp32, nothing waits for it.
     """
     parameters = list(parameters)
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm(gradients)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = norm_of(p.grad for p in parameters if p.grad is not None)
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
+
+
+@torch.no_grad()
+def norm_of(tensors: Iterable[Tensor]) -> Tensor:
+    """The norm over tensors and ranks, 0-dim fp32; not finite if one of their numbers is not."""
+    norm = nn.utils.get_total_norm(list(tensors))
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:

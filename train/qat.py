@@ -35,13 +35,12 @@ from swinq.train.optimizer import Schedule, build_optimizer, parameters_of
 from swinq.train.precision import autocast
 from swinq.train.randomness import gather, restore_rank, seed_step
 from swinq.train.ranges import learn_ranges
+from swinq.train.saving import SavePlan
 from swinq.train.settings import Settings
 from swinq.train.signals import StopRequest
 from swinq.train.state import CheckpointFolder
 
 CURVE_POINTS = 200  # of loss and rate, kept for the report
-FIRST_SAVE = 100  # steps, where the interval is found by itself
-SAVE_SHARE = 0.02  # of the time, that saving may then take
 SKIPPED_LIMIT = 50  # steps in a row that fp16's scaler may skip before the job is given up
 
 
@@ -112,7 +111,7 @@ def train(calibrated: SwinBase, around: Surroundings, settings: Settings) -> Pro
         StoppedError: a signal asked for it; the state is saved.
         ConfigError: the folder's checkpoints are of another job, or too few images for a step.
         CheckpointError: there are checkpoints, and none of them is whole.
-        SwinqError: the gradient is not finite.
+        SwinqError: the gradient or a weight is not finite.
     """
     with distributed.lost_peers_named("training"):
         return _Loop(calibrated, around, settings).run()
@@ -132,7 +131,7 @@ class _Loop:
 
         self.saved = around.folder.newest()
         if self.saved is not None:
-            require_same_job(self.saved.path, self.saved.metadata["job"], around.job(settings))
+            require_same_job(self.saved.path, self.saved.metadata, around.job(settings))
             # found anew, a range may be a vector where the job began with a number
             saved = self.saved.part("model.")
             ranges = {name: saved[name] for name in saved if name.endswith("._amax")}
@@ -169,21 +168,20 @@ class _Loop:
             self.captured.require_unmoved()
         self.model.train()
         self.started = time.monotonic() - self.progress.seconds
-        interval = self.settings.save_steps or FIRST_SAVE
-        self.save_at = (done // interval + 1) * interval
         self._judge_once(done)
-        self.last_save = (done, time.monotonic())
+        self.saves = SavePlan(self.settings.save_steps, done)
         # closed, whatever happens: else a traceback could keep the workers until the process ends
         with StopRequest() as stop, closing(iter(self._loader(done))) as batches:
             unread: _Unread | None = None
             for step in range(done, self.total):
                 latest = self._step(step, batches)
+                self.saves.stepped(step + 1)
                 if unread is not None:
                     self._read(unread)
                 unread = latest
                 now = step + 1
                 last, stops = now == self.total, stop.agreed()
-                if last or stops or self._due(now) or now >= self.save_at:
+                if last or stops or self._due(now) or self.saves.due(now):
                     self._read(unread)  # a state is saved once its step is known to be sound
                     unread = None
                     with stop.saving():
@@ -191,7 +189,8 @@ class _Loop:
                 if stops:
                     raise StoppedError(now, self.total, stop.exit_code)
                 # after the save: a judgement takes longer than a signal leaves, and can be repeated
-                self._judge_once(now)
+                with self.saves.paused():
+                    self._judge_once(now)
             # once for what the last step asked, and once for what came while it was judged
             if stop.agreed() or stop.agreed():
                 raise StoppedError(self.total, self.total, stop.exit_code)
@@ -261,10 +260,9 @@ class _Loop:
         if not math.isfinite(norm):  # the same on all ranks
             self.skipped += 1
             if self.settings.amp != "fp16" or self.skipped > SKIPPED_LIMIT:
-                raise SwinqError(
+                raise _diverged(
                     f"the gradient of step {step + 1} is {norm} (loss {loss:g}, rate "
-                    f"{unread.rate:g}); the newest checkpoint is from before it",
-                    "lower --qat-lr, or train with --amp-type bf16 or --disable-amp",
+                    f"{unread.rate:g})"
                 )
         else:
             self.skipped = 0
@@ -309,6 +307,7 @@ class _Loop:
     def _save(self, step: int, *, required: bool) -> None:
         """Write the whole state; a full disk ends the job only where the state is needed now."""
         began = time.monotonic()
+        self._require_finite(step)
         if self.captured is not None:
             self.captured.require_unmoved()
         tensors = parallel.save_tensors(self.student, self.optimizer)
@@ -330,21 +329,19 @@ class _Loop:
             distributed.barrier()  # where the others wait in save
         else:
             console.say(f"saved: {path}", "quiet")
-        self._plan_save(step, began)
+        self.saves.saved(step, began)
 
-    def _plan_save(self, step: int, began: float) -> None:
-        """Choose the step of the next save: a fixed interval, or so that saving costs little."""
-        ended, interval = time.monotonic(), self.settings.save_steps
-        if interval:
-            self.save_at = (step // interval + 1) * interval
-        else:
-            before, since = self.last_save
-            per_step = max((began - since) / max(step - before, 1), 1e-6)
-            wanted = math.ceil((ended - began) / (SAVE_SHARE * per_step))
-            self.save_at = step + int(
-                distributed.broadcast_(torch.tensor(wanted))
-            )  # rank 0's clock
-        self.last_save = (step, ended)
+    def _require_finite(self, step: int) -> None:
+        """Stop at weights and ranges that a sound gradient has made, and that no forward has seen.
+
+        Raises:
+            SwinqError: they are not finite.
+        """
+        weights = parameters_of(self.optimizer, ranges=False)
+        ranges = [log.detach().exp() for log in parameters_of(self.optimizer, ranges=True)]
+        norm = float(parallel.norm_of([*weights, *ranges]))
+        if not math.isfinite(norm):  # the same on all ranks
+            raise _diverged(f"the norm of weights and ranges after step {step} is {norm}")
 
     def _resume(self) -> int:
         """Take up the newest checkpoint; return the number of steps that are done."""
@@ -362,6 +359,13 @@ class _Loop:
         self.progress.judged = [tuple(p) for p in self.progress.judged]  # type: ignore[misc]
         console.say(f"resumed: step {saved.step} of {self.total} from {saved.path}", "good")
         return saved.step
+
+
+def _diverged(problem: str) -> SwinqError:
+    return SwinqError(
+        f"{problem}; the newest checkpoint is from before it",
+        "lower --qat-lr, or train with --amp-type bf16 or --disable-amp",
+    )
 
 
 class _Unread:

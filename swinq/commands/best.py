@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from swinq import api, console, distributed
 from swinq.commands.session import Session
 from swinq.errors import ExportError, SwinqError
-from swinq.export.format import decode
 from swinq.models.layers import SwinBase
 from swinq.train.qat import Progress
 
@@ -53,7 +52,8 @@ def load_best(
             the file is of a judgement after which the job was killed before it could save: repeated
             on a GPU, that one may have come out lower, and what was kept is still the best.
     """
-    path, problem, found = best_path(session), "", None
+    path, problem = best_path(session), ""
+    found: Any = None
     if distributed.is_main():
         try:
             found = api.load(path, device=session.device)
@@ -63,12 +63,12 @@ def load_best(
         session.require_shared(path)
         if found is None:
             found = api.load(path, device=session.device)
-        judged = _judgement(path)
-        if judged and judged != (progress.best_step, progress.best_top1):
-            progress.best_step, progress.best_top1 = judged
+        if found.judged and found.judged != (progress.best_step, progress.best_top1):
+            progress.best_step, progress.best_top1 = found.judged
             console.say(
-                f"note: the best model is of step {judged[0]} with top-1 {judged[1]:.2f} %, judged "
-                "before the job was killed and repeated these steps"
+                f"note: the best model is of step {progress.best_step} with top-1 "
+                f"{progress.best_top1:.2f} %, judged before the job was killed and repeated these "
+                "steps"
             )
         state: dict[str, Tensor] = found.state_dict()
         return state
@@ -82,13 +82,3 @@ def load_best(
         "warning",
     )
     return {name: tensor.clone() for name, tensor in last.state_dict().items()}
-
-
-def _judgement(path: Path) -> tuple[int, float] | None:
-    """Step and top-1 of a kept model."""
-    with safe_open(path, framework="pt") as file:
-        said = (file.metadata() or {}).get("judged")
-    if said is None:
-        return None
-    judged = decode(said)
-    return int(judged["step"]), float(judged["top1"])

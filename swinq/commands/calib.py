@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -83,6 +84,7 @@ def conclude(
     calibrated: tuple[list[int], float],
     images: tuple[ImageDataset, ImageDataset],
     judge: Callable[[Judging], None],
+    judged: dict[str, Any] | None = None,
 ) -> Outcome:
     """Write the checkpoints, and judge everything on the same images.
 
@@ -90,9 +92,10 @@ def conclude(
         path: where the calibrated checkpoint goes.
         calibrated: the calibration's sample and seconds. images: of training and validation.
         judge: adds the forms to judge between the float model and the exported ones.
+        judged: of a trained model, the step it is of and its top-1, as its file tells them.
     """
     (sample, seconds), (train, val) = calibrated, images
-    files, notes = _write_checkpoints(session, quantized, path)
+    files, notes = _write_checkpoints(session, quantized, path, judged)
     session.require_shared(*files.values())
     judging = Judging(session, val, float_model)
     judge(judging)
@@ -157,7 +160,7 @@ def calibration_sample(session: Session, train: ImageDataset) -> list[int]:
 
 
 def _write_checkpoints(
-    session: Session, quantized: nn.Module, calibrated: Path
+    session: Session, quantized: nn.Module, calibrated: Path, judged: dict[str, Any] | None
 ) -> tuple[dict[str, Path], list[str]]:
     """Write the calibrated checkpoint and each mode's INT8 one on rank 0; name them on all."""
     spec: QuantSpec = quantized.quant_spec  # type: ignore[assignment]
@@ -170,7 +173,7 @@ def _write_checkpoints(
         notes.append(f"not exported: {problem}")
         console.say(f"note: {notes[-1]}", "warning")
     if distributed.is_main():
-        session.write_calibrated(calibrated, quantized)
+        session.write_calibrated(calibrated, quantized, judged=judged)
         transform = session.transform(quantized)
         for mode in session.modes if problem is None else ():
             api.export(quantized, session.int8_path(mode), int8_mode=mode, transform=transform)

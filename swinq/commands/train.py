@@ -12,15 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from swinq import api, console, distributed
+from swinq import console, distributed
 from swinq.calib.calibrate import Calibration, measure_residual
 from swinq.commands.best import best_path, keep_best, load_best
 from swinq.commands.calib import Outcome, calibration_sample, conclude, find_ranges
 from swinq.commands.judging import Judging
 from swinq.commands.session import RankImages, Session, load_model, weights_of
+from swinq.commands.teacher import distillation
 from swinq.config import Config, leaves, under
 from swinq.data.augment import Augmented, train_transform
-from swinq.data.dataset import ImageDataset, Transform, check_class_order
+from swinq.data.dataset import ImageDataset, Transform
 from swinq.data.mixing import Mixing
 from swinq.data.order import StepOrder
 from swinq.data.sampling import sample_digest
@@ -88,8 +89,7 @@ def _train(session: Session) -> int:
     spec = None if calibrated else QuantSpec.from_config(config.QUANT)
     _require_trainable(config, settings, given, spec)
     if distributed.is_main() and (newest := around.folder.peek()):
-        path, saved = newest
-        require_same_job(path, saved["job"], around.job(settings))
+        require_same_job(*newest, around.job(settings))
     session.begin()  # not before: the configuration of a job stays when another is refused
     quantized, sample, seconds = given, calibration_sample(session, images), 0.0
     if spec is not None:
@@ -104,7 +104,9 @@ def _train(session: Session) -> int:
         return stopped.code
     calibration = (sample, seconds)
     best = load_best(session, quantized, before, progress)
-    outcome = _finish(session, float_model, quantized, (before, best), calibration, (images, val))
+    outcome = _finish(
+        session, float_model, quantized, (before, best), progress, calibration, (images, val)
+    )
     outcome = replace(outcome, training=_summary(session, settings, progress, images))
     if distributed.is_main():
         from swinq.commands import report  # matplotlib takes a second that other ranks save
@@ -209,7 +211,7 @@ def _surroundings(
     mixing.check_batch(settings.batch)
     micro_batches = settings.accumulation * distributed.world_size()
     steps = StepOrder(len(augmented), settings.batch, micro_batches, config.SEED).steps_per_epoch
-    distillation = _distillation(session, settings, float_model)
+    taught = distillation(session, settings, float_model, images)
 
     def judge(model: nn.Module) -> float:
         return session.predictions(model, val, "validating").scores().top1_percent
@@ -217,7 +219,7 @@ def _surroundings(
     return Surroundings(
         images=augmented,
         mixing=mixing,
-        distillation=distillation,
+        distillation=taught,
         workers=session.workers,
         device=session.device,
         folder=_checkpoints(session),
@@ -231,7 +233,7 @@ def _surroundings(
             eval_epochs=settings.eval_epochs,
         ),
         identity={
-            **_identity(config, given, distillation),
+            **_identity(config, given, taught),
             "training images": images.all_names_digest[:16],
             "validation images": val.all_names_digest[:16],
         },
@@ -274,51 +276,7 @@ def _mixing(config: Config, classes: int) -> Mixing:
     )
 
 
-def _distillation(
-    session: Session, settings: Settings, float_model: nn.Module
-) -> Distillation | None:
-    """The teacher that the configuration names: another checkpoint, or the float model itself."""
-    distill = session.config.QAT.DISTILL
-    if not distill.ENABLED:
-        return None
-    teacher = copy.deepcopy(float_model)
-    if distill.TEACHER:
-        teacher = api.load(distill.TEACHER, ranges=False, device=session.device)
-        if isinstance(teacher, IntegerModel):
-            raise ConfigError(
-                f"--teacher {distill.TEACHER} is an exported INT8 checkpoint, wanted a float one",
-                "give the checkpoint it was made from, or leave --teacher out",
-            )
-        ours, theirs = (getattr(model, "classes", None) for model in (float_model, teacher))
-        try:
-            check_class_order(ours or [], theirs, "the model")
-        except DataError as error:
-            raise ConfigError(
-                f"--teacher {distill.TEACHER}: {error.problem}",
-                "give a teacher with the same classes in the same order",
-            ) from error
-        mine, other = float_model.arch, teacher.arch
-        alike = ("embed_dim", "patch_size", "depths") if settings.features else ()
-        for name in ("num_classes", "img_size", *alike):
-            if getattr(mine, name) != getattr(other, name):
-                raise ConfigError(
-                    f"--teacher {distill.TEACHER} has {name} {getattr(other, name)}, the model "
-                    f"{getattr(mine, name)}",
-                    "give a teacher for the same images and classes"
-                    + (", of the same shape, or set QAT.DISTILL.FEATURES to 0" if alike else ""),
-                )
-    return Distillation(
-        teacher,
-        scale=settings.distill,
-        temperature=settings.temperature,
-        features=settings.features,
-        compile_blocks=settings.compile_blocks,
-    )
-
-
-def _identity(
-    config: Config, given: nn.Module, distillation: Distillation | None
-) -> dict[str, Any]:
+def _identity(config: Config, given: nn.Module, taught: Distillation | None) -> dict[str, Any]:
     """What tells this job from others that might share its folder, plain JSON.
 
     Of a float checkpoint it is what finds the ranges, not the ranges: another GPU may find them
@@ -330,7 +288,7 @@ def _identity(
         for key, value in leaves(config)
         if any(under(key, section) for section in (*DECISIVE, *found))
     }
-    teacher = {} if distillation is None else {"teacher": _digest(distillation.teacher)}
+    teacher = {} if taught is None else {"teacher": _digest(taught.teacher)}
     return {"start": _digest(given), **teacher, **stated}
 
 
@@ -347,13 +305,14 @@ def _finish(
     float_model: nn.Module,
     quantized: SwinBase,
     states: tuple[dict[str, Tensor], dict[str, Tensor]],
+    progress: Progress,
     calibrated: tuple[list[int], float],
     images: tuple[ImageDataset, ImageDataset],
 ) -> Outcome:
     """Export the best model and judge it beside the float one and the one before training.
 
     Args:
-        states: of the model before training, and of the best.
+        states: of the model before training, and of the best. progress: says which step's that is.
     """
     (before, best), sample, train_images = states, calibrated[0], images[0]
     found: Calibration = quantized.calibration  # type: ignore[assignment]
@@ -370,7 +329,8 @@ def _finish(
         judging.add(f"QAT fake-quant mode {mode}", "fake-quant", mode, quantized)
 
     path = session.trained_path()
-    return conclude(session, path, float_model, quantized, calibrated, images, judge)
+    judged = {"step": progress.best_step, "top1": progress.best_top1}
+    return conclude(session, path, float_model, quantized, calibrated, images, judge, judged)
 
 
 def _summary(

@@ -49,7 +49,7 @@ def write_calibrated(
         calibration: how the ranges were found, plain JSON, with `residual_max` by stream.
         classes: names of the classes in the order of the logits, if known.
         transform: the evaluation transform, plain JSON.
-        judged: of a model in training, the `step` it is of and the `top1` it had.
+        judged: of a trained model, the `step` it is of and the `top1` it had, in percent.
 
     Raises:
         ExportError: the file cannot be written.
@@ -89,6 +89,14 @@ def spec_of(loaded: LoadedCheckpoint) -> QuantSpec | None:
             f"{loaded.source}: its metadata hold no sound recipe ({error})",
             "the file is damaged; calibrate again",
         ) from None
+
+
+def judgement_of(loaded: LoadedCheckpoint) -> tuple[int, float] | None:
+    """The step that a trained model is of, 0 if training made none better, and its top-1."""
+    if loaded.metadata.get("format") != FORMAT or "judged" not in loaded.metadata:
+        return None
+    judged = decode(loaded.metadata["judged"])
+    return int(judged["step"]), float(judged["top1"])
 
 
 def restore_ranges(model: nn.Module, loaded: LoadedCheckpoint, spec: QuantSpec) -> nn.Module:

@@ -17,6 +17,7 @@ from swinq.commands.best import load_best
 from swinq.commands.session import Session
 from swinq.demo.checkpoint import CHECKPOINT
 from swinq.errors import ExportError
+from swinq.export.calibrated import write_calibrated
 from swinq.quant.insert import quantize_model
 from swinq.train.qat import Progress
 from tests.commands.command_line import done, metadata_of, refused, tensors_of, write_digits
@@ -219,14 +220,54 @@ def test_a_calibrated_checkpoint_is_not_told_how_to_find_ranges(
     assert "was calibrated with its own" in refused(*TINY, *start, *stated)
 
 
-def test_a_teacher_with_its_classes_in_another_order_is_refused(tmp_path: Path) -> None:
+def teacher_of(folder: Path, classes: str | list[str]) -> Path:
+    """The demo's checkpoint under other names of its classes."""
     with safe_open(CHECKPOINT, framework="pt") as file:
-        metadata = file.metadata() | {"classes": json.dumps(list("9876543210"))}
-    teacher = tmp_path / "teacher.safetensors"
-    save_file(tensors_of(CHECKPOINT), teacher, metadata)
+        metadata = file.metadata() | {"classes": json.dumps(list(classes))}
+    save_file(tensors_of(CHECKPOINT), folder / "teacher.safetensors", metadata)
+    return folder / "teacher.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("classes", "problem"),
+    [("9876543210", "class 0 is 9, and 0 in the model"), ("012345678x", "class 9 is x, and 9 in")],
+    ids=["in another order", "partly others"],
+)
+def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, classes: str, problem: str) -> None:
+    teacher = teacher_of(tmp_path, classes)
     message = refused(*FINETUNE, "--teacher", teacher, "--output", tmp_path)
-    wanted = f"--teacher {teacher}: class 0 is number 0 in the model, and number 9"
-    assert wanted in message and "in the same order" in message
+    assert f"--teacher {teacher}: {problem}" in message and "in the same order" in message
+
+
+def test_a_teacher_whose_names_cannot_be_compared_is_noted(tmp_path: Path) -> None:
+    """Not so where only the model's own names differ, and the images have the teacher's."""
+    words = [f"number {digit}" for digit in range(10)]
+    job = (*FINETUNE, "--teacher", teacher_of(tmp_path, words), "--output", tmp_path)
+    said = "names its classes otherwise (number 0, ...) than the model (0, ...)"
+    assert said in done(*job).out
+    fake = [f"fake {digit}" for digit in range(10)]
+    job = (*FINETUNE, "--teacher", teacher_of(tmp_path, fake), "--tag", "fake")
+    assert "names its classes" not in done(*job, "--output", tmp_path).out
+
+
+def test_a_finetuned_model_that_is_its_own_teacher_is_noted(trained: Path, tmp_path: Path) -> None:
+    model = swinq.load(trained / TRAINED)
+    best = json.loads(metadata_of(trained / TRAINED)["judged"])
+    assert model.judged == (best["step"], best["top1"])
+    start = tmp_path / "finetuned.safetensors"
+    write_calibrated(
+        start,
+        model,
+        calibration=swinq.api.describe_calibration(model.calibration),
+        classes=None,
+        transform={},
+        judged={"step": 3, "top1": 50.0},
+    )
+    note = f"note: {start} was finetuned for 3 steps and is now its own teacher"
+    job = (*FINETUNE, "--resume", start, "--output", tmp_path)
+    assert note in done(*job, "--distill").out
+    assert note in done(*job, "--teacher", start, "--tag", "named").out
+    assert note not in done(*job, "--teacher", CHECKPOINT, "--tag", "original").out
 
 
 def test_what_a_job_reads_is_not_what_it_writes(trained: Path, tmp_path: Path) -> None:

@@ -6,15 +6,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from swinq.errors import ConfigError, SwinqError
+from swinq.errors import CheckpointError, ConfigError, SwinqError
 from swinq.quant.insert import float_layers, named_quantizers
 from swinq.train.distill import Distillation
+from swinq.train.job import require_same_job
 from swinq.train.qat import StoppedError
+from swinq.train.state import CheckpointFolder
 from tests.train.jobs import Judge, run_job, tiny_calibrated
 
 RANK_JOB = Path(__file__).with_name("rank_job.py")
@@ -165,6 +168,16 @@ def test_another_job_in_the_same_folder_is_refused(tmp_path: Path) -> None:
         run_job(tmp_path, tiny_calibrated(), rate=2e-3)
 
 
+@pytest.mark.parametrize("state", [{"progress": {}}, {"job": None}, ["job"]])
+def test_a_file_that_tells_no_job_is_named(tmp_path: Path, state: Any) -> None:
+    path = CheckpointFolder(tmp_path / "training").save(4, {"a": torch.zeros(1)}, {})
+    with pytest.raises(CheckpointError, match=f"{path} does not say what job") as caught:
+        require_same_job(path, state, {})
+    assert "move it out" in caught.value.fix
+    with pytest.raises(CheckpointError, match=f"{path} does not say what job"):
+        run_job(tmp_path, tiny_calibrated())
+
+
 def test_a_job_that_no_longer_fits_goes_on_with_checkpointing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,6 +198,30 @@ def test_a_gradient_that_is_not_finite_ends_the_job_and_spares_the_checkpoint(
     with pytest.raises(SwinqError, match=r"gradient of step \d is nan"):
         run_job(tmp_path, model, rate=1e30, range_rate=1.0, warmup=0.0, clip=0.0)
     assert not (tmp_path / "training").exists()  # nothing unsound was written
+
+
+@pytest.mark.parametrize(("name", "rate"), [("decayed", 1e38), ("ranges", 1e3)])
+def test_what_is_not_finite_is_never_saved_over_a_good_state(
+    tmp_path: Path, name: str, rate: float
+) -> None:
+    """A rate leaps in the step before a save: no gradient has seen what it made."""
+    from swinq.train import qat
+
+    real = qat.Schedule.set
+
+    def leap(self: qat.Schedule, step: int) -> float:
+        usual = real(self, step)
+        for group in self.optimizer.param_groups:
+            if step == 3 and group["name"] == name:
+                group["lr"] = rate
+        return usual
+
+    with pytest.MonkeyPatch.context() as leaping:
+        leaping.setattr(qat.Schedule, "set", leap)
+        with pytest.raises(SwinqError, match=r"ranges after step 4 is (inf|nan).*before it"):
+            run_job(tmp_path, tiny_calibrated(), save_steps=2)
+    assert [p.name for p in (tmp_path / "training").iterdir()] == ["step-00000002.safetensors"]
+    assert run_job(tmp_path, tiny_calibrated(), save_steps=2).judged[-1][0] == 8
 
 
 def test_a_step_that_fp16_skips_does_not_spoil_what_is_saved(
@@ -280,24 +317,32 @@ def test_distillation_pulls_towards_the_teacher(tmp_path: Path, single_thread: N
 def test_saves_take_a_fiftieth_of_the_time_where_no_interval_is_given(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a clock that gives every step a second and every save 0.09 s: each 5 steps."""
-    from swinq.train import qat
+    """By a clock of seconds: 1 a step, 0.09 a save, 60 more to compile and 60 to validate.
+
+    5 steps then lie between two saves; a validation has one before it.
+    """
+    from swinq.train import qat, saving
 
     now, saved = [0.0], []
     monkeypatch.setattr(qat.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(qat, "FIRST_SAVE", 2)
-    step, save = qat._Loop._step, qat.CheckpointFolder.save
+    monkeypatch.setattr(saving, "FIRST_SAVE", 2)
+    step, save, judge = qat._Loop._step, qat.CheckpointFolder.save, Judge()
 
-    def slow_step(*args):  # type: ignore[no-untyped-def]
-        now[0] += 1.0
-        return step(*args)
+    def slow_step(self, number, batches):  # type: ignore[no-untyped-def]
+        now[0] += 1.0 if number else 61.0
+        return step(self, number, batches)
 
     def slow_save(self, number, *args):  # type: ignore[no-untyped-def]
         now[0] += 0.09
         saved.append(number)
         return save(self, number, *args)
 
+    def slow_judge(model: nn.Module) -> float:
+        now[0] += 60.0
+        return Judge.judge(judge, model)
+
+    judge.judge = slow_judge  # type: ignore[method-assign]
     monkeypatch.setattr(qat._Loop, "_step", slow_step)
     monkeypatch.setattr(qat.CheckpointFolder, "save", slow_save)
-    run_job(tmp_path, tiny_calibrated(), epochs=4, eval_epochs=4, save_steps=0)
-    assert saved == [2, 7, 12, 16]
+    run_job(tmp_path, tiny_calibrated(), judge, epochs=8, eval_epochs=4, save_steps=0)
+    assert saved == [2, 7, 12, 16, 21, 26, 31, 32]
