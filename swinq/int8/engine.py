@@ -183,7 +183,7 @@ class CudaSwin:
 
 
 class Graph:
-    """A captured forward: one launch for all of its kernels. For one thread at a time.
+    """A captured forward: one launch for all of its kernels.
 
     Attributes:
         images: what a replay reads, (B, in_chans, S, S). logits: what it writes, (B, classes) fp32;
@@ -194,6 +194,8 @@ class Graph:
         """Capture `forward`, which reads `images`."""
         self.images = images
         self._forward = forward  # holds the weights, which replays read
+        self._calling = threading.Lock()
+        self._called = torch.cuda.Event()  # the end of work on `images` and `logits`
         with torch.cuda.device(images.device):
             aside = torch.cuda.Stream()
             aside.wait_stream(torch.cuda.current_stream())
@@ -203,9 +205,12 @@ class Graph:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self.logits = forward()
+            self._called.record()
 
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits of a batch of exactly the captured size; overwritten by the next call.
+        """Logits of a batch of exactly the captured size, enqueued on the current stream.
+
+        Threads and streams may share a graph: its calls run one after the other.
 
         Raises:
             DataError: another shape, or not floating point.
@@ -216,10 +221,15 @@ class Graph:
                 f"{tuple(images.shape)} {images.dtype}",
                 "capture one for this batch: model.graph(len(images))",
             )
-        self.images.copy_(images)
-        self.replay()
-        return self.logits
+        with self._calling:
+            stream = torch.cuda.current_stream(self.images.device)
+            stream.wait_event(self._called)
+            self.images.copy_(images)
+            self.replay()
+            logits = self.logits.clone()  # the next call overwrites them
+            self._called.record(stream)
+        return logits
 
     def replay(self) -> None:
-        """Run on what `images` holds, on the current stream."""
+        """Run on what `images` holds, on the current stream; for one thread at a time."""
         self._graph.replay()

@@ -1,8 +1,10 @@
 """CudaSwin: what it takes and refuses, before a stand-in; and on a GPU the real kernels' logits."""
 
 import gc
+import time
 import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -169,11 +171,12 @@ def test_graph_of_what_no_kernel_reads_is_refused(
 @pytest.fixture
 def captured(fake: CudaSwin, monkeypatch: pytest.MonkeyPatch) -> Graph:
     """A graph of two images whose replays do nothing, of a model that nothing else holds."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
+    stream = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None)
     for name, stub in {
         "device": lambda device: nullcontext(),
+        "Event": lambda: SimpleNamespace(record=lambda stream=None: None),
         "Stream": lambda: stream,
-        "current_stream": lambda: stream,
+        "current_stream": lambda device=None: stream,
         "stream": lambda stream: nullcontext(),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
         "graph": lambda graph: nullcontext(),
@@ -205,6 +208,20 @@ def test_graph_refuses_images_that_it_was_not_captured_for(captured: Graph, wron
     right = torch.rand(2, 3, 32, 32, dtype=torch.float64)
     captured(right)
     assert torch.equal(captured.images, right.float())
+
+
+def test_threads_that_share_a_graph_do_not_mix(captured: Graph) -> None:
+    read, written = captured.images, captured.logits
+
+    def replay() -> None:
+        time.sleep(0.01)  # in which another thread could bring its images
+        written.copy_(read.flatten(1)[:, :10])
+
+    captured._graph.replay = replay  # type: ignore[method-assign]
+    batches = [torch.full((2, 3, 32, 32), float(i)) for i in range(8)]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(captured, batches))
+    assert [float(logits.mean()) for logits in found] == list(range(8))
 
 
 def test_plan_is_destroyed_with_the_model(fake: CudaSwin) -> None:

@@ -92,7 +92,16 @@ def test_an_image_has_the_same_bits_in_any_company_stream_and_graph(
     graph = model.graph(11)
     for _ in range(3):
         assert torch.equal(graph(batch), together)
-    assert torch.equal(graph(batch.flip(0)), together.flip(0))
+    streams = [torch.cuda.current_stream(), other] * 10
+    ways = [batch, batch.flip(0)] * 10
+    other.wait_stream(streams[0])
+    found = []
+    for stream, way in zip(streams, ways, strict=True):
+        with torch.cuda.stream(stream):
+            found.append(graph(way))
+    torch.cuda.synchronize()
+    assert all(torch.equal(x, together) for x in found[::2])
+    assert all(torch.equal(x, together.flip(0)) for x in found[1::2])
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
