@@ -212,6 +212,7 @@ swinq_status swinq_forward(const swinq_plan* plan, const void* images, swinq_typ
         require_pointer("images", images, 16);
         require_pointer("logits", logits, 16);
         require_pointer("workspace", workspace, 256);
+        DeviceGuard guard(checked.device);  // to ask of another would make a context there
         require_memory("images", images, checked.device);
         require_memory("logits", logits, checked.device);
         require_memory("workspace", workspace, checked.device);

@@ -129,6 +129,7 @@ class CudaSwin:
                 f"a CUDA graph of {batch} images of {dtype}",
                 "give 1 or more, of torch.float16 or torch.float32",
             )
+        self.plan.prepare(batch)
         size = self.arch.img_size
         images = torch.zeros(batch, self.arch.in_chans, size, size, dtype=dtype, device=self.device)
         return Graph(images, lambda: self._forward(images, keep=False))
@@ -148,8 +149,9 @@ class CudaSwin:
         if len(images):
             # threads may share a stream: their kernels must not mix in one workspace
             with self._enqueueing:
-                workspace = self._workspace(self.plan.prepare(len(images)), keep)
-                self.plan.forward(images, logits, workspace)
+                # a capture may not load kernels: `graph` does that before, or the user by a call
+                size = self.plan.prepare if keep else self.plan.workspace_size
+                self.plan.forward(images, logits, self._workspace(size(len(images)), keep))
         return logits
 
     def _workspace(self, size: int, keep: bool) -> Tensor:

@@ -107,12 +107,15 @@ def test_overflow_within_the_model_is_named(fake: CudaSwin) -> None:
 def test_check_is_refused_while_a_graph_is_captured(
     fake: CudaSwin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fake.plan.prepare(1)
     monkeypatch.setattr(devices, "capturing", lambda device: True)
     with pytest.raises(EngineError, match="check=True waits") as caught:
         fake(images(fake.arch, 1))
     assert "check=False" in caught.value.fix
     fake(images(fake.arch, 1), check=False)
     assert not fake._workspaces  # the graph's memory is the graph's
+    with pytest.raises(EngineError, match="not prepared"):  # nor does a capture load kernels
+        fake(images(fake.arch, 2), check=False)
 
 
 def test_a_stream_keeps_one_workspace_as_large_as_its_largest_batch(
