@@ -150,7 +150,7 @@ def test_two_nodes_train_to_the_bits_of_one(meeting: str, tmp_path: Path) -> Non
         said = [node.communicate(timeout=240) for node in nodes]
     finally:
         for node in nodes:
-            node.kill()
+            node.terminate()  # a torchrun that is killed leaves its ranks
     assert [node.returncode for node in nodes] == [0, 0], said
     assert sum(out.count("report: ") for out, _ in said) == 1  # rank 0 speaks, alone
 
