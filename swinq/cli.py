@@ -325,8 +325,9 @@ def _check_training(config: Config) -> None:
             "TRAIN.USE_CHECKPOINT": config.TRAIN.USE_CHECKPOINT,
             "QAT.COMPILE": config.QAT.COMPILE == "no",
         }
-        for key in (key for key, without in uncaptured.items() if without):
-            raise _contradiction(config, "QAT.CUDA_GRAPHS", key, "trains without CUDA graphs")
+        for key, without in uncaptured.items():
+            if without:
+                raise _contradiction(config, "QAT.CUDA_GRAPHS", key, "trains without CUDA graphs")
     if not distill.ENABLED:
         switch = "QAT.DISTILL.ENABLED"
         stated = [key for key in origins if configuration.under(key, "QAT.DISTILL")]

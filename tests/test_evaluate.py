@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import socket
 import subprocess
 import sys
 import weakref
@@ -33,6 +32,7 @@ from swinq.evaluate import (
     mcnemar_exact,
     paired_interval,
 )
+from tests.train.ranks import free_port
 
 CLASSES = 7
 
@@ -169,9 +169,7 @@ distributed.shutdown()
 
 
 def test_two_gloo_processes_give_the_scores_of_one(repo_root: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     script = SCRIPT.format(tests=str(Path(__file__).parent))
     base = {**os.environ, "PYTHONPATH": str(repo_root), "OMP_NUM_THREADS": "1"}
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}

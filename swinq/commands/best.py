@@ -28,9 +28,8 @@ def keep_best(session: Session, model: nn.Module, step: int, top1: float) -> boo
     """
     kept = True
     if distributed.is_main():
-        judged = {"step": step, "top1": top1}
         try:
-            session.write_calibrated(best_path(session), model, judged=judged)
+            session.write_calibrated(best_path(session), model, judged=(step, top1))
         except ExportError as error:
             kept = False
             console.say(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
@@ -84,7 +83,7 @@ def conclude(
     calibrated: tuple[list[int], float],
     images: tuple[ImageDataset, ImageDataset],
     judge: Callable[[Judging], None],
-    judged: dict[str, Any] | None = None,
+    judged: tuple[int, float] | None = None,
 ) -> Outcome:
     """Write the checkpoints, and judge everything on the same images.
 
@@ -92,7 +91,7 @@ def conclude(
         path: where the calibrated checkpoint goes.
         calibrated: the calibration's sample and seconds. images: of training and validation.
         judge: adds the forms to judge between the float model and the exported ones.
-        judged: of a trained model, the step it is of and its top-1, as its file tells them.
+        judged: of a trained model, the step it is of and its top-1 in percent.
     """
     (sample, seconds), (train, val) = calibrated, images
     files, notes = _write_checkpoints(session, quantized, path, judged)
@@ -160,7 +159,7 @@ def calibration_sample(session: Session, train: ImageDataset) -> list[int]:
 
 
 def _write_checkpoints(
-    session: Session, quantized: nn.Module, calibrated: Path, judged: dict[str, Any] | None
+    session: Session, quantized: nn.Module, calibrated: Path, judged: tuple[int, float] | None
 ) -> tuple[dict[str, Path], list[str]]:
     """Write the calibrated checkpoint and each mode's INT8 one on rank 0; name them on all."""
     spec: QuantSpec = quantized.quant_spec  # type: ignore[assignment]

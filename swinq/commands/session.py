@@ -141,7 +141,7 @@ class Session:
         return self.folder / "training"
 
     def write_calibrated(
-        self, path: Path, model: Any, *, judged: dict[str, Any] | None = None
+        self, path: Path, model: Any, *, judged: tuple[int, float] | None = None
     ) -> None:
         """Write a calibrated model with what a reader wants to know of it; rank 0 alone calls."""
         write_calibrated(

@@ -329,7 +329,7 @@ def _finish(
         judging.add(f"QAT fake-quant mode {mode}", "fake-quant", mode, quantized)
 
     path = session.trained_path()
-    judged = {"step": progress.best_step, "top1": progress.best_top1}
+    judged = (progress.best_step, progress.best_top1)
     return conclude(session, path, float_model, quantized, calibrated, images, judge, judged)
 
 

@@ -39,7 +39,7 @@ def write_calibrated(
     calibration: dict[str, Any],
     classes: list[str] | None,
     transform: dict[str, Any],
-    judged: dict[str, Any] | None = None,
+    judged: tuple[int, float] | None = None,
 ) -> Path:
     """Write a calibrated model, whole or not at all.
 
@@ -49,7 +49,7 @@ def write_calibrated(
         calibration: how the ranges were found, plain JSON, with `residual_max` by stream.
         classes: names of the classes in the order of the logits, if known.
         transform: the evaluation transform, plain JSON.
-        judged: of a trained model, the `step` it is of and the `top1` it had, in percent.
+        judged: of a trained model, the step it is of and the top-1 it had, in percent.
 
     Raises:
         ExportError: the file cannot be written.
@@ -71,7 +71,8 @@ def write_calibrated(
         "transform": encode(transform),
     }
     if judged is not None:
-        metadata["judged"] = encode(judged)
+        step, top1 = judged
+        metadata["judged"] = encode({"step": step, "top1": top1})
     metadata["digests"] = encode(digests(tensors, metadata))
     data = reproducible(save(tensors, metadata))
     return write_atomically(path, lambda written: written.write_bytes(data), size=len(data))

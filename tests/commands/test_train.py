@@ -146,7 +146,7 @@ def test_a_best_model_that_finds_no_room_does_not_end_the_job(
     real, scores = Session.write_calibrated, iter([10.0, 30.0, 20.0])
 
     def full(self: Session, path: Path, model: Any, *, judged: Any = None) -> None:
-        if judged and judged["step"] == 1:
+        if judged and judged[0] == 1:
             raise ExportError("No space left on device", "free space")
         real(self, path, model, judged=judged)
 
@@ -261,7 +261,7 @@ def test_a_finetuned_model_that_is_its_own_teacher_is_noted(trained: Path, tmp_p
         calibration=swinq.api.describe_calibration(model.calibration),
         classes=None,
         transform={},
-        judged={"step": 3, "top1": 50.0},
+        judged=(3, 50.0),
     )
     note = f"note: {start} was finetuned for 3 steps and is now its own teacher"
     job = (*FINETUNE, "--resume", start, "--output", tmp_path)

@@ -19,7 +19,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import sys
 import time
 import traceback
@@ -38,6 +37,7 @@ import swinq.commands.report
 import swinq.commands.train  # noqa: F401  (all of it is imported before the forks)
 from swinq import cli
 from swinq.train import parallel, qat, state
+from tests.train.ranks import free_port
 
 SAVE_STEPS = 4
 FLAGS = (
@@ -115,9 +115,7 @@ class Job:
 
     def run(self, hit: Hit | None = None) -> Run:
         """Start the ranks, wait as torchrun does, and hit one of them when it is time."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         (self.folder / "met.json").unlink(missing_ok=True)
         pids = []
         for rank in range(self.ranks):
