@@ -80,6 +80,7 @@ class Enqueuer {
     void operator()(const MlpStep& step) const {
         MlpArguments a = step.arguments;
         a.x = at(Buffer::kStream);
+        a.operand = a.in_inverse ? nullptr : static_cast<int8_t*>(at(Buffer::kOperand));
         a.m = step.rows * forward_.batch;
         mlp(a, forward_.stream);
     }

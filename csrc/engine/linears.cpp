@@ -75,8 +75,7 @@ Linear add_linear(const Model& model, const Layer& layer, bool fused, Arena& are
 }  // namespace
 
 bool is_mlp_fused(const Model& model, const Stage& stage, const std::string& block, bool fuse) {
-    return fuse && model.architecture().version == 1 && model.stream() == Type::kHalf &&
-           model.type(block + ".mlp.fc1") == Type::kInt8 &&
+    return fuse && model.stream() == Type::kHalf && model.type(block + ".mlp.fc1") == Type::kInt8 &&
            model.type(block + ".mlp.fc2") == Type::kInt8 && mlp_supported(stage.dim, stage.hidden);
 }
 

@@ -54,7 +54,7 @@ struct AttentionStep {
     AttentionArguments arguments;  // kWide to kNarrow
 };
 struct MlpStep {
-    MlpArguments arguments;  // kStream, in place
+    MlpArguments arguments;  // kStream, in v2 and kOperand, in place
     int rows;
 };
 struct PoolStep {

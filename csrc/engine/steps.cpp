@@ -93,20 +93,21 @@ class StepBuilder {
         const std::string name = block_name(stage.index, block);
         const Linear& fc1 = linears_.at(name + ".mlp.fc1");
         const Linear& fc2 = linears_.at(name + ".mlp.fc2");
+        const bool is_last = block + 1 == stage.depth;  // merge and head read x itself
+        const float* next = is_last ? nullptr : stream_inverse(qkv_name(stage.index, block + 1));
         if (is_mlp_fused(model_, stage, name, fuse_mlp_)) {
-            add_fused_mlp(stage, name + ".norm2", fc1, fc2);
+            add_fused_mlp(stage, name + ".norm2", fc1, fc2, next);
             return;
         }
         if (is_v1_) {
             add_prenorm(stage, name + ".norm2", fc1);
         }
         add_gemm(fc1, stage, operand_of(fc1), Activation::kGelu, fc2.type, fc2.in_inverse);
-        const bool is_last = block + 1 == stage.depth;  // merge and head read x itself
         if (is_v1_) {
             add_stream_gemm(fc2, stage, Buffer::kWide, Output::kResidual);
         } else {
             add_normed_gemm(fc2, stage, Buffer::kWide, Buffer::kNarrow, name + ".norm2", true,
-                            is_last ? nullptr : stream_inverse(qkv_name(stage.index, block + 1)));
+                            next);
         }
     }
 
@@ -276,12 +277,14 @@ class StepBuilder {
         plan_.steps.emplace_back(AttentionStep{a});
     }
 
+    // `next` makes the codes that the next layer reads of v2's stream, if it reads codes.
     void add_fused_mlp(const Stage& stage, const std::string& norm, const Linear& fc1,
-                       const Linear& fc2) {
+                       const Linear& fc2, const float* next) {
         MlpArguments m = {};
         m.gamma = add_vector(norm + ".weight");
         m.beta = add_vector(norm + ".bias");
-        m.in_inverse = fc1.in_inverse;
+        m.in_inverse = is_v1_ ? fc1.in_inverse : nullptr;
+        m.next_inverse = next;
         m.fc1_weight = fc1.mlp_weight;
         m.fc1_factor = fc1.factor;
         m.fc1_bias = fc1.bias;

@@ -103,7 +103,7 @@ SWINQ_API void swinq_plan_destroy(swinq_plan* plan);
 
 /* The same with choices that change how long a forward takes and not what it computes. */
 typedef struct {
-    int32_t fuse_mlp;  /* v1: norm2, fc1 and fc2 in one kernel where there is one; default 1 */
+    int32_t fuse_mlp;  /* fc1, fc2 and norm2 in one kernel where there is one; default 1 */
     int32_t fuse_norm; /* norms within the GEMM that comes before, where they can be; default 1 */
     int32_t use_tile_cache; /* tiles that swin_gemm measured on such a GPU; default 1 */
 } swinq_plan_options;

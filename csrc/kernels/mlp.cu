@@ -63,17 +63,19 @@ void launch_mlp(const MlpArguments& arguments, cudaStream_t stream) {
     using Small = SmallMlpShape<kChannels>;
     static_assert(S::kPartBytes % 1024 == 0 && (!S::kRing || S::kStagePasses > 0), "stages");
     const int64_t tiles = ceil_div(arguments.m, kRows);
-    if (arguments.m <= few_rows()) {
+    const bool rounded = arguments.out_scale != nullptr, is_v1 = arguments.operand == nullptr;
+    if (is_v1 && arguments.m <= few_rows()) {
         launch_clusters(Small::kParts,
-                        arguments.out_scale != nullptr ? small_mlp_kernel<Small, true>
-                                                       : small_mlp_kernel<Small, false>,
+                        rounded ? small_mlp_kernel<Small, true> : small_mlp_kernel<Small, false>,
                         dim3(static_cast<unsigned>(tiles * Small::kParts)), dim3(Small::kThreads),
                         shared_bytes<SmallMlpMemory<Small>>(), stream, arguments);
         return;
     }
     const auto blocks = static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors()));
-    launch(arguments.out_scale != nullptr ? mlp_kernel<S, true> : mlp_kernel<S, false>,
-           dim3(blocks), dim3(kThreads), shared_bytes<MlpMemory<S>>(), stream, arguments);
+    const auto v1 = rounded ? mlp_kernel<S, true, true> : mlp_kernel<S, false, true>;
+    const auto v2 = rounded ? mlp_kernel<S, true, false> : mlp_kernel<S, false, false>;
+    launch(is_v1 ? v1 : v2, dim3(blocks), dim3(kThreads), shared_bytes<MlpMemory<S>>(), stream,
+           arguments);
 }
 
 }  // namespace
@@ -94,7 +96,6 @@ void mlp(const MlpArguments& p, cudaStream_t stream) {
     const std::pair<const char*, const void*> pointers[] = {{"x", p.x},
                                                             {"gamma", p.gamma},
                                                             {"beta", p.beta},
-                                                            {"in_inverse", p.in_inverse},
                                                             {"fc1_weight", p.fc1_weight},
                                                             {"fc1_factor", p.fc1_factor},
                                                             {"fc1_bias", p.fc1_bias},
@@ -103,6 +104,15 @@ void mlp(const MlpArguments& p, cudaStream_t stream) {
                                                             {"fc2_factor", p.fc2_factor},
                                                             {"fc2_bias", p.fc2_bias}};
     for (const auto& [name, pointer] : pointers) require_pointer("mlp", name, pointer);
+    if ((p.in_inverse == nullptr) == (p.operand == nullptr)) {
+        refuse_argument("mlp", "in_inverse and operand are both given or both null",
+                        "pass in_inverse for v1's MLP, operand for v2's");
+    }
+    for (const void* pointer :
+         {static_cast<const void*>(p.in_inverse), static_cast<const void*>(p.operand)}) {
+        if (pointer != nullptr) require_pointer("mlp", "in_inverse or operand", pointer);
+    }
+    if (p.next_inverse != nullptr) require_pointer("mlp", "next_inverse", p.next_inverse);
     if ((p.out_inverse == nullptr) != (p.out_scale == nullptr)) {
         refuse_argument("mlp", "one of out_inverse and out_scale is null, the other is not",
                         "pass both to round the output, or neither");

@@ -1,5 +1,6 @@
-// The MLP of a v1 block in one kernel (sm_90): LayerNorm, fc1, GELU, fc2, residual. The hidden
-// layer never leaves the chip. Same equations, same codes as the separate kernels.
+// The MLP of a block in one kernel (sm_90): v1's LayerNorm, fc1, GELU, fc2, residual, or v2's fc1,
+// GELU, fc2, LayerNorm, residual, codes. The hidden layer never leaves the chip. Same equations,
+// same codes as the separate kernels; v2's has their bits.
 #pragma once
 
 #include "types.h"
@@ -10,7 +11,9 @@ struct MlpArguments {
     void* x;                      // (m, channels) fp16, read and written
     const float* gamma;           // (channels)
     const float* beta;            // (channels)
-    const float* in_inverse;      // (channels): codes of LayerNorm(x)
+    const float* in_inverse;      // (channels), v1: codes of LayerNorm(x)
+    int8_t* operand;              // (m, channels), v2: codes of x, read; null in v1
+    const float* next_inverse;    // (channels) or null, v2: codes of the new x, into operand
     const int8_t* fc1_weight;     // mlp_layout_fc1()
     const float* fc1_factor;      // (hidden)
     const float* fc1_bias;        // (hidden)

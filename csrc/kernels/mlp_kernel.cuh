@@ -1,6 +1,7 @@
-// The MLP of a v1 block in one kernel, sm_90a only: x := fp16(x + fc2(gelu(fc1(LayerNorm(x))))).
+// The MLP of a block in one kernel, sm_90a only: v1's x := fp16(x + fc2(gelu(fc1(LayerNorm(x))))),
+// or v2's x := fp16(x + LayerNorm(fc2(gelu(fc1(x))))), whose codes are read and written.
 //
-// A warpgroup takes 64 rows from LayerNorm to the residual in registers, alone: of every 32
+// A warpgroup takes 64 rows from first to last in registers, alone: of every 32
 // channels, hidden channels or outputs a thread holds 8 neighbouring ones of rows g and g + 8 (lane
 // = 4 g + t). What it loads is thus an A fragment of fc1, the sums of fc1 become an A fragment of
 // fc2, and the sums of fc2 lie where x was loaded, if the weights' rows and columns are permuted to
@@ -11,9 +12,7 @@
 // run freely against each other: one's GELU goes beside another's products.
 #pragma once
 
-#include "channels.cuh"
-#include "gelu.cuh"
-#include "mlp_memory.cuh"
+#include "mlp_rows.cuh"
 
 namespace swinq {
 
@@ -27,158 +26,7 @@ __device__ __forceinline__ uint32_t unit_offset(unsigned pass, unsigned unit, un
     return offset(pass * kUnitsPerPass + unit);
 }
 
-__device__ __forceinline__ void load_shared(float (&x)[4], const float* s_from) {
-    const float4 v = *reinterpret_cast<const float4*>(s_from);
-    x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-}
-
-// What a thread holds of x: 8 channels of each block, of two rows.
-template <int kBlocks>
-struct MlpRows {
-    __half* first;  // of row g
-    bool inside[2];
-    Vector<__half> bits[2][kBlocks];
-
-    __device__ __forceinline__ MlpRows(__half* x, int row, int m)
-        : first(x + static_cast<int64_t>(row) * kBlocks * kGroup + threadIdx.x % 4 * kVector),
-          inside{row < m, row + 8 < m} {}
-
-    __device__ __forceinline__ __half* at(int h, int block) const {
-        return first + (8 * h * kBlocks + block) * kGroup;
-    }
-    __device__ __forceinline__ void load(int block) {
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            if (inside[h]) bits[h][block].load(at(h, block));
-        }
-    }
-};
-
-// Codes of LayerNorm of what a thread holds of a row: of each block two registers of an A fragment,
-// the first and last four channels.
-template <typename Shape>
-__device__ __forceinline__ void normalize(uint32_t (&codes)[Shape::kBlocks][2],
-                                          const Vector<__half> (&bits)[Shape::kBlocks], float eps,
-                                          const MlpConstants<Shape>& s) {
-    const int first = static_cast<int>(threadIdx.x) % 4 * kVector;
-    float v[Shape::kBlocks][kVector];
-    float sum = 0;
-#pragma unroll
-    for (int block = 0; block < Shape::kBlocks; ++block) {
-        bits[block].unpack(v[block]);
-        float part = v[block][0];
-#pragma unroll
-        for (int i = 1; i < kVector; ++i) part += v[block][i];
-        sum += part;
-    }
-    const float mean = quad_sum(sum) * (1.0f / Shape::kChannels);
-    float squares = 0;
-#pragma unroll
-    for (int block = 0; block < Shape::kBlocks; ++block) {
-        float part = 0;
-#pragma unroll
-        for (int i = 0; i < kVector; ++i) {
-            const float deviation = __fsub_rn(v[block][i], mean);
-            part = __fmaf_rn(deviation, deviation, part);
-        }
-        squares += part;
-    }
-    const float rstd = rsqrtf(quad_sum(squares) * (1.0f / Shape::kChannels) + eps);
-#pragma unroll
-    for (int block = 0; block < Shape::kBlocks; ++block) {
-#pragma unroll
-        for (int i = 0; i < kVector; i += 4) {
-            const int channel = block * kGroup + first + i;
-            float gamma[4], beta[4], inverse[4], y[4];
-            load_shared(gamma, s.gamma + channel);
-            load_shared(beta, s.beta + channel);
-            load_shared(inverse, s.in_inverse + channel);
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                y[c] = normalized(v[block][i + c], mean, rstd, gamma[c], beta[c]) * inverse[c];
-            }
-            codes[block][i / 4] = pack_s8(y[0], y[1], y[2], y[3]);
-        }
-    }
-}
-
-// Codes of GELU of one group's sums, as an A fragment; `hidden` is the thread's first channel.
-template <typename Shape, int kSums>
-__device__ __forceinline__ void activate(uint32_t (&a)[4], const int (&acc)[kSums], int group,
-                                         int hidden, const MlpConstants<Shape>& s) {
-#pragma unroll
-    for (int i = 0; i < kVector; i += 4) {
-        float factor[4], bias[4], inverse[4];
-        load_shared(factor, s.fc1_factor + hidden + i);
-        load_shared(bias, s.fc1_bias + hidden + i);
-        load_shared(inverse, s.hidden_inverse + hidden + i);
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float y[4];
-#pragma unroll
-            for (int c = 0; c < 4; ++c) {
-                const int sum = acc[(group * 4 + (i + c) / 2) * 4 + h * 2 + c % 2];
-                y[c] = gelu(__fmaf_rn(__int2float_rn(sum), factor[c], bias[c])) * inverse[c];
-            }
-            a[i / 2 + h] = pack_s8(y[0], y[1], y[2], y[3]);
-        }
-    }
-}
-
-// y of channel c of four from its sum of fc2.
-template <bool kRounded>
-__device__ __forceinline__ float output(int sum, int c, const float (&factor)[4],
-                                        const float (&bias)[4], const float (&inverse)[4],
-                                        const float (&scale)[4]) {
-    const float y = __fmaf_rn(__int2float_rn(sum), factor[c], bias[c]);
-    if constexpr (!kRounded) return y;
-    return __fmul_rn(__int2float_rn(quantize(y, inverse[c])), scale[c]);
-}
-
-// x := fp16(x + y), y from the sums of fc2. The first kAhead blocks of x are loaded.
-template <typename Shape, bool kRounded>
-__device__ __forceinline__ void add_residual(const int (&acc)[Shape::kChannels / 2],
-                                             MlpRows<Shape::kBlocks>& rows,
-                                             const MlpConstants<Shape>& s) {
-    const int first = static_cast<int>(threadIdx.x) % 4 * kVector;
-#pragma unroll
-    for (int block = 0; block < Shape::kBlocks; ++block) {
-        const int channel = block * kGroup + first;
-        float y[2][kVector];
-#pragma unroll
-        for (int i = 0; i < kVector; i += 4) {
-            float factor[4], bias[4], inverse[4], scale[4];
-            load_shared(factor, s.fc2_factor + channel + i);
-            load_shared(bias, s.fc2_bias + channel + i);
-            if constexpr (kRounded) {
-                load_shared(inverse, s.out_inverse + channel + i);
-                load_shared(scale, s.out_scale + channel + i);
-            }
-#pragma unroll
-            for (int h = 0; h < 2; ++h) {
-#pragma unroll
-                for (int c = 0; c < 4; ++c) {
-                    const int sum = acc[(block * 4 + (i + c) / 2) * 4 + h * 2 + c % 2];
-                    y[h][i + c] = output<kRounded>(sum, c, factor, bias, inverse, scale);
-                }
-            }
-        }
-#pragma unroll
-        for (int h = 0; h < 2; ++h) {
-            float before[kVector];
-            rows.bits[h][block].unpack(before);
-#pragma unroll
-            for (int i = 0; i < kVector; ++i) y[h][i] = __fadd_rn(before[i], y[h][i]);
-            Vector<__half> after;
-            after.pack(y[h]);
-            if (rows.inside[h]) after.store(rows.at(h, block));
-        }
-        if (block + Shape::kAhead < Shape::kBlocks) rows.load(block + Shape::kAhead);
-        __syncwarp();  // else the compiler loads constants for so many blocks that registers spill
-    }
-}
-
-template <typename Shape, bool kRounded>
+template <typename Shape, bool kRounded, bool kIsV1>
 __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant__ MlpArguments p) {
     constexpr int kChannels = Shape::kChannels, kBlocks = Shape::kBlocks;
     constexpr int kStep = Shape::kStep, kGroups = Shape::kGroups;
@@ -216,7 +64,10 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
         const int row = tile * kRows + thread / kWarp * 16 + thread % kWarp / 4;
         uint32_t input[kBlocks][4], hidden[kGroups][4];
         int sums[kStep / 2], outputs[kChannels / 2];
-        {
+        auto codes_of = [&](int row) {
+            return p.operand + static_cast<int64_t>(row) * kChannels + thread % 4 * kVector;
+        };
+        if constexpr (kIsV1) {
             MlpRows<kBlocks> rows(x, row, p.m);
 #pragma unroll
             for (int block = 0; block < kBlocks; ++block) rows.load(block);
@@ -230,6 +81,8 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
                     input[block][2 + h] = codes[block][1];
                 }
             }
+        } else {
+            load_codes<kBlocks>(input, codes_of(row), {row < p.m, row + 8 < p.m});
         }
 
         // Step = pass * kUnroll + i. In a ring, stages follow each other anywhere.
@@ -294,13 +147,20 @@ __global__ void __launch_bounds__(kThreads, 1) mlp_kernel(const __grid_constant_
         begin_products();
         start_fc2(kPasses - 1, kUnroll - 1);
         commit_products();
-        MlpRows<kBlocks> rows(x, row, p.m);
+        int again = row;  // else v2 keeps addresses in registers all the while, and spills
+        if (!kIsV1) asm volatile("" : "+r"(again));
+        MlpRows<kBlocks> rows(x, again, p.m);
 #pragma unroll
-        for (int block = 0; block < Shape::kAhead; ++block) rows.load(block);
+        for (int block = 0; kIsV1 && block < Shape::kAhead; ++block) rows.load(block);
         wait_for_products<0>();
         hold(outputs);
         if (Shape::kRing) copies.release(first_turn + Shape::kStages - 1);
-        add_residual<Shape, kRounded>(outputs, rows, s.constants);
+        if constexpr (kIsV1) {
+            add_residual<Shape, kRounded>(outputs, rows, s.constants);
+        } else {
+            add_normed<Shape, kRounded>(outputs, rows, p.next_inverse ? codes_of(again) : nullptr,
+                                        p.eps, s.constants);
+        }
     }
 }
 

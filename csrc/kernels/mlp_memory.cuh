@@ -45,7 +45,8 @@ struct MlpShape {
 template <typename Shape>
 struct MlpConstants {
     float fc1_factor[Shape::kHidden], fc1_bias[Shape::kHidden], hidden_inverse[Shape::kHidden];
-    float gamma[Shape::kChannels], beta[Shape::kChannels], in_inverse[Shape::kChannels];
+    float gamma[Shape::kChannels], beta[Shape::kChannels];
+    float x_inverse[Shape::kChannels];  // of LayerNorm(x) in v1, of the new x in v2
     float fc2_factor[Shape::kChannels], fc2_bias[Shape::kChannels];
     float out_inverse[Shape::kChannels], out_scale[Shape::kChannels];
 };
@@ -64,7 +65,7 @@ __device__ __forceinline__ void copy_constants(const MlpConstants<Shape>& s, con
                                                uint32_t barrier) {
     copy_vector(s.gamma, p.gamma, barrier);
     copy_vector(s.beta, p.beta, barrier);
-    copy_vector(s.in_inverse, p.in_inverse, barrier);
+    copy_vector(s.x_inverse, p.operand != nullptr ? p.next_inverse : p.in_inverse, barrier);
     copy_vector(s.fc1_factor, p.fc1_factor, barrier);
     copy_vector(s.fc1_bias, p.fc1_bias, barrier);
     copy_vector(s.hidden_inverse, p.hidden_inverse, barrier);

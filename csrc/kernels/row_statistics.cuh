@@ -83,7 +83,7 @@ struct Statistics {
 struct Divisor {
     float value, reciprocal;
 
-    explicit Divisor(int width)
+    __host__ __device__ explicit constexpr Divisor(int width)
         : value(static_cast<float>(width)), reciprocal(1.0f / static_cast<float>(width)) {}
 
     // One step of Newton's makes it as good as a division: equal halves do not deviate at all.

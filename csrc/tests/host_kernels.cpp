@@ -347,18 +347,28 @@ static void run_mlp(const MlpArguments& a) {
         Row x;
         for (int c = 0; c < a.channels; ++c)
             x.push_back(load(Type::kHalf, a.x, m * a.channels + c));
-        Row row = x;
-        normalize(row, a.gamma, a.beta, a.eps);
-        Row hidden =
-            linear(quantized(row, a.in_inverse), a.fc1_weight, a.hidden, a.fc1_factor, a.fc1_bias);
+        std::vector<int8_t> input;
+        if (a.operand) {
+            input.assign(a.operand + m * a.channels, a.operand + (m + 1) * a.channels);
+        } else {
+            Row row = x;
+            normalize(row, a.gamma, a.beta, a.eps);
+            input = quantized(row, a.in_inverse);
+        }
+        Row hidden = linear(input, a.fc1_weight, a.hidden, a.fc1_factor, a.fc1_bias);
         std::transform(hidden.begin(), hidden.end(), hidden.begin(), gelu);
-        const Row y = linear(quantized(hidden, a.hidden_inverse), a.fc2_weight, a.channels,
-                             a.fc2_factor, a.fc2_bias);
+        Row y = linear(quantized(hidden, a.hidden_inverse), a.fc2_weight, a.channels, a.fc2_factor,
+                       a.fc2_bias);
+        for (int c = 0; c < a.channels && a.out_scale; ++c) {
+            y[size_t(c)] = rounded(y[size_t(c)], a.out_inverse[c], a.out_scale[c]);
+        }
+        if (a.operand) normalize(y, a.gamma, a.beta, a.eps);
         for (int c = 0; c < a.channels; ++c) {
-            const float value = a.out_scale
-                                    ? rounded(y[size_t(c)], a.out_inverse[c], a.out_scale[c])
-                                    : y[size_t(c)];
-            store(Type::kHalf, a.x, m * a.channels + c, x[size_t(c)] + value, 0);
+            const int64_t at = m * a.channels + c;
+            store(Type::kHalf, a.x, at, x[size_t(c)] + y[size_t(c)], 0);
+            if (a.next_inverse) {
+                store(Type::kInt8, a.operand, at, load(Type::kHalf, a.x, at), a.next_inverse[c]);
+            }
         }
     }
 }

@@ -1,4 +1,5 @@
-// The fused MLP against prenorm and two GEMMs: the same codes, so the same bits.
+// The fused MLP against the separate kernels. v1's LayerNorm may add in another order, which turns
+// a code on its edge; v2's has the bits of postnorm().
 #include <cmath>
 #include <vector>
 
@@ -119,6 +120,38 @@ struct Mlp {
         gemm(g, nullptr, nullptr);
     }
 
+    // v2: the codes of x are read and, if `next`, written.
+    MlpArguments fused_v2(void* x, int8_t* codes, int m, bool rounded, bool next) const {
+        MlpArguments a = fused(x, m, rounded);
+        a.in_inverse = nullptr, a.operand = codes;
+        a.next_inverse = next ? in_inverse.get() : nullptr;
+        return a;
+    }
+
+    void separate_v2(void* x, int8_t* codes, int8_t* h, void* y, int m, bool rounded,
+                     bool next) const {
+        GemmArguments g = {};
+        g.operand = Type::kInt8, g.stream = Type::kHalf;
+        g.activation = Activation::kGelu, g.output = Output::kCodes;
+        g.a = codes, g.w = fc1.gemm.get(), g.out = h;
+        g.factor = fc1_factor.get(), g.bias = fc1_bias.get(), g.out_inverse = hidden_inverse.get();
+        g.m = m, g.n = hidden, g.k = channels;
+        gemm(g, nullptr, nullptr);
+        g.activation = Activation::kNone, g.output = rounded ? Output::kCodes : Output::kFloat;
+        g.a = h, g.w = fc2.gemm.get(), g.out = y;
+        g.factor = fc2_factor.get(), g.bias = fc2_bias.get();
+        g.out_inverse = rounded ? out_inverse.get() : nullptr;
+        g.n = channels, g.k = hidden;
+        gemm(g, nullptr, nullptr);
+        PostnormArguments p = {};
+        p.y_type = rounded ? Type::kInt8 : Type::kFloat, p.stream = Type::kHalf;
+        p.y = y, p.y_scale = rounded ? out_scale.get() : nullptr;
+        p.x = x, p.operand = next ? codes : nullptr, p.inverse = next ? in_inverse.get() : nullptr;
+        p.gamma = gamma.get(), p.beta = beta.get(), p.eps = kEps;
+        p.rows = m, p.channels = channels, p.residual = true;
+        postnorm(p, nullptr);
+    }
+
     int channels, hidden;
     Weight fc1, fc2;
     DeviceArray<float> gamma, beta, in_inverse;                       // (channels)
@@ -149,6 +182,39 @@ void compare_mlp(Group& group, const Mlp& mlp_case, int m, bool rounded) {
     compare_near(x.get(), wanted.get(), mlp_case.reach[rounded].get(), m, mlp_case.channels, tally);
     x.check_guards(tally);
     wanted.check_guards(tally);
+}
+
+void compare_v2(Group& group, const Mlp& mlp_case, int m, bool rounded, bool next) {
+    const int64_t count = static_cast<int64_t>(m) * mlp_case.channels;
+    const auto x_before = random_stream(Type::kHalf, m, mlp_case.channels, next_seed());
+    const auto codes_before = random_bytes(Type::kInt8, count, next_seed(), -128, 127);
+    GuardedBuffer x(count * 2), wanted_x(count * 2), codes(count), wanted_codes(count);
+    for (GuardedBuffer* to : {&x, &wanted_x}) {
+        to->poison(count * 2);
+        must(cudaMemcpyAsync(to->get(), x_before.get(), count * 2, cudaMemcpyDeviceToDevice), "x");
+    }
+    for (GuardedBuffer* to : {&codes, &wanted_codes}) {
+        to->poison(count);
+        must(cudaMemcpyAsync(to->get(), codes_before.get(), count, cudaMemcpyDeviceToDevice),
+             "codes");
+    }
+    DeviceArray<int8_t> h(static_cast<int64_t>(m) * mlp_case.hidden);
+    DeviceArray<float> y(count);
+    const std::string label = "m " + std::to_string(m) + " channels " +
+                              std::to_string(mlp_case.channels) + (rounded ? " rounded" : "") +
+                              (next ? " with codes" : "");
+    Tally* tally = group.run(label, exact(), [&] {
+        auto* const made = static_cast<int8_t*>(codes.get());
+        auto* const wanted = static_cast<int8_t*>(wanted_codes.get());
+        mlp(mlp_case.fused_v2(x.get(), made, m, rounded, next), nullptr);
+        mlp_case.separate_v2(wanted_x.get(), wanted, h.get(), y.get(), m, rounded, next);
+    });
+    if (!tally) return;
+    compare_bits(x.get(), wanted_x.get(), count * 2, 2, tally);
+    compare_bits(codes.get(), wanted_codes.get(), count, 1, tally);
+    for (const GuardedBuffer* buffer : {&x, &wanted_x, &codes, &wanted_codes}) {
+        buffer->check_guards(tally);
+    }
 }
 
 // The first rows alone, which the kernel for few rows may take, and among many.
@@ -192,6 +258,20 @@ void mlp_suite(Report& report) {
             }
             // with these channels the weights go round in a ring
             if (quick && channels == 192) compare_mlp(group, mlp_case, two_rounds, true);
+        }
+        if (!mlp_supported(96, 384)) group.check(true, "no fused MLP on this GPU", "");
+    });
+    report.group("fused mlp of v2", 200, [&](Group& group) {
+        for (int channels : {96, 128, 192}) {
+            if (!mlp_supported(channels, 4 * channels)) continue;
+            const Mlp mlp_case(channels, 4 * channels);
+            std::vector<int> rows = {1, 17, 64, 65, 127, 300, 4096, 32768, few + 1, two_rounds};
+            if (quick) rows = {1, 65, channels == 192 ? two_rounds : few + 1};
+            for (int m : rows) {
+                for (bool rounded : {false, true}) {
+                    for (bool next : {false, true}) compare_v2(group, mlp_case, m, rounded, next);
+                }
+            }
         }
         if (!mlp_supported(96, 384)) group.check(true, "no fused MLP on this GPU", "");
     });
