@@ -432,6 +432,22 @@ def test_fused_kernels_get_several_layers_and_move_less() -> None:
     assert work.moved(mlp[:3]) < sum(work.moved([p]) for p in mlp[:3])
 
 
+def test_a_fused_mlp_of_v2_takes_its_norm_last() -> None:
+    pieces = work.pieces(made_architecture(2), 2, 1)
+    names = [
+        "mlp_kernel" if piece.name == "fc1" else name
+        for piece, name in zip(pieces, separate(pieces), strict=True)
+        if piece.name not in ("fc2", "norm2")
+    ]
+    groups = work.assign(names, pieces)
+    assert [p for group in groups for p in group] == pieces
+    (mlp, *_) = [g for g, name in zip(groups, names, strict=True) if name == "mlp_kernel"]
+    assert [p.name for p in mlp] == ["fc1", "fc2", "norm2"]
+    values = 2 * 16 * 16 * 32  # of two images of 16 x 16 tokens, 32 channels
+    weights = 2 * 32 * 64
+    assert work.moved(mlp) == 2 * values + 2 * 2 * values + weights  # codes and fp16, in and out
+
+
 def test_an_unfinished_forward_is_noticed() -> None:
     pieces = work.pieces(made_architecture(1), 2, 1)
     with pytest.raises(ValueError, match="head"):

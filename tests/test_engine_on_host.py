@@ -192,13 +192,23 @@ def test_a_vector_of_input_scales_scales_each_channel(library: Library) -> None:
         require_close(found, Int8Swin(checkpoint)(images), 0.02)
 
 
-def test_an_image_has_the_same_logits_in_any_batch(library: Library) -> None:
-    arch = ARCHITECTURES["v1"]
+@pytest.mark.parametrize("version", [1, 2])
+def test_an_image_has_the_same_logits_in_any_batch(library: Library, version: int) -> None:
+    arch = ARCHITECTURES[f"v{version}"]
     images = made_images(arch, 3)
     with plan_of(library, made_checkpoint(arch)) as plan:
         together = forward(library, plan, images, arch.num_classes)
         alone = [forward(library, plan, x[None].contiguous(), arch.num_classes) for x in images]
+        few, many = launches(library, plan, 1), launches(library, plan, 3)
     assert torch.equal(together, torch.cat(alone))
+    # v2's MLPs of a small batch are separate kernels
+    assert few == many if version == 1 else few > many
+
+
+def launches(library: Library, plan: ctypes.c_void_p, batch: int) -> int:
+    count = ctypes.c_int()
+    library.launch_count(plan, batch, ctypes.byref(count))
+    return count.value
 
 
 def test_preparing_a_batch_runs_nothing_and_refuses_what_a_forward_does(library: Library) -> None:

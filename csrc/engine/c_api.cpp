@@ -180,10 +180,12 @@ swinq_status swinq_weight_bytes(const swinq_plan* plan, size_t* bytes) {
     });
 }
 
-swinq_status swinq_launch_count(const swinq_plan* plan, int* launches) {
+swinq_status swinq_launch_count(const swinq_plan* plan, int batch, int* launches) {
     return guarded([&] {
         require_pointer("launches", launches);
-        *launches = launch_count(plan_in(plan));
+        const Plan& checked = plan_in(plan);
+        require_batch(batch);
+        *launches = batch == 0 ? 0 : launch_count(checked, batch);
     });
 }
 
@@ -235,8 +237,8 @@ swinq_status swinq_plan_gemms(const swinq_plan* plan, int batch, swinq_gemm_argu
         const int capacity = gemms == nullptr ? 0 : *count;
         *count = 0;
         for (const Step& step : plan_in(plan).steps) {
-            const auto* gemm = std::get_if<GemmStep>(&step);
-            if (gemm == nullptr || gemm->arguments.has_norm) {
+            const auto* gemm = std::get_if<GemmStep>(&step.kernel);
+            if (gemm == nullptr || gemm->arguments.has_norm || !step.runs(batch)) {
                 continue;
             }
             if (*count < capacity) {

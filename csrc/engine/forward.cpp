@@ -1,4 +1,6 @@
 // A forward: the workspace is cut into buffers and the plan's steps are enqueued.
+#include <algorithm>
+
 #include "engine/device.h"
 #include "engine/error.h"
 #include "engine/plan.h"
@@ -137,7 +139,9 @@ void enqueue(const Plan& plan, const Forward& forward) {
     DeviceGuard guard(plan.device);
     const Enqueuer enqueuer(plan, forward);
     for (const Step& step : plan.steps) {
-        std::visit(enqueuer, step);
+        if (step.runs(forward.batch)) {
+            std::visit(enqueuer, step.kernel);
+        }
     }
     enqueuer.copy_logits();
 }
@@ -150,9 +154,11 @@ void prepare(const Plan& plan, int batch) {
     }
 }
 
-int launch_count(const Plan& plan) {
+int launch_count(const Plan& plan, int batch) {
     constexpr int kPatchEmbedLaunches = 2;  // the status is cleared before it is set
-    return static_cast<int>(plan.steps.size()) - 1 + kPatchEmbedLaunches;
+    const auto steps = std::count_if(plan.steps.begin(), plan.steps.end(),
+                                     [&](const Step& step) { return step.runs(batch); });
+    return static_cast<int>(steps) - 1 + kPatchEmbedLaunches;
 }
 
 }  // namespace swinq

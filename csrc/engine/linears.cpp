@@ -38,7 +38,7 @@ const int8_t* add_mlp_weight(const Model& model, const Layer& layer, Arena& aren
     });
 }
 
-Linear add_linear(const Model& model, const Layer& layer, bool fused, Arena& arena) {
+Linear add_linear(const Model& model, const Layer& layer, bool separate, bool fused, Arena& arena) {
     const std::string& name = layer.name;
     const bool is_qkv = layer.kind == LayerKind::kQkv;
     const bool is_proj = layer.kind == LayerKind::kProj;
@@ -48,7 +48,8 @@ Linear add_linear(const Model& model, const Layer& layer, bool fused, Arena& are
     linear.k = is_proj ? layer.heads * kHeadDim : layer.in;
     if (fused) {
         linear.mlp_weight = add_mlp_weight(model, layer, arena);
-    } else {
+    }
+    if (separate) {
         linear.weight = add_weight(model, layer, linear, arena);
     }
     auto add_rows = [&](const std::vector<float>& vector) {
@@ -74,9 +75,16 @@ Linear add_linear(const Model& model, const Layer& layer, bool fused, Arena& are
 
 }  // namespace
 
-bool is_mlp_fused(const Model& model, const Stage& stage, const std::string& block, bool fuse) {
-    return fuse && model.stream() == Type::kHalf && model.type(block + ".mlp.fc1") == Type::kInt8 &&
-           model.type(block + ".mlp.fc2") == Type::kInt8 && mlp_supported(stage.dim, stage.hidden);
+int most_for_separate_mlp(const Model& model, const Stage& stage, const std::string& block,
+                          bool fuse) {
+    const bool has_kernel =
+        model.stream() == Type::kHalf && model.type(block + ".mlp.fc1") == Type::kInt8 &&
+        model.type(block + ".mlp.fc2") == Type::kInt8 && mlp_supported(stage.dim, stage.hidden);
+    if (!fuse || !has_kernel) {
+        return kAnyBatch;
+    }
+    const int64_t few = model.architecture().version == 1 ? 0 : mlp_few_rows_v2();
+    return static_cast<int>(few / stage.tokens());
 }
 
 Linears add_linears(const Model& model, bool fuse_mlp, Arena& arena) {
@@ -86,13 +94,13 @@ Linears add_linears(const Model& model, bool fuse_mlp, Arena& arena) {
             continue;
         }
         const bool is_mlp = layer.kind == LayerKind::kFc1 || layer.kind == LayerKind::kFc2;
-        bool fused = false;
+        int separate = kAnyBatch;
         if (is_mlp) {
             const std::string block = layer.name.substr(0, layer.name.find(".mlp."));
-            fused = is_mlp_fused(model, model.stages()[static_cast<size_t>(layer.stage)], block,
-                                 fuse_mlp);
+            separate = most_for_separate_mlp(
+                model, model.stages()[static_cast<size_t>(layer.stage)], block, fuse_mlp);
         }
-        linears[layer.name] = add_linear(model, layer, fused, arena);
+        linears[layer.name] = add_linear(model, layer, separate > 0, separate < kAnyBatch, arena);
     }
     return linears;
 }

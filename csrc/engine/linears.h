@@ -2,6 +2,7 @@
 // it.
 #pragma once
 
+#include <limits>
 #include <map>
 #include <string>
 
@@ -16,7 +17,7 @@ struct Linear {
     Type type;
     int n, k;
     const void* weight;        // for gemm()
-    const int8_t* mlp_weight;  // for mlp(), instead
+    const int8_t* mlp_weight;  // for mlp()
     const float* bias;         // (n)
     const float* factor;       // (n), int8
     const float* in_inverse;   // (k), int8: turns what the layer reads into codes
@@ -26,8 +27,12 @@ struct Linear {
 
 using Linears = std::map<std::string, Linear>;
 
-// Whether the fused kernel runs the MLP of a block on this device. `fuse` is the plan's option.
-bool is_mlp_fused(const Model& model, const Stage& stage, const std::string& block, bool fuse);
+constexpr int kAnyBatch = std::numeric_limits<int>::max();
+
+// The largest batch whose MLP of this block runs in separate kernels on this device; larger ones
+// take the fused kernel. `fuse` is the plan's option.
+int most_for_separate_mlp(const Model& model, const Stage& stage, const std::string& block,
+                          bool fuse);
 
 Linears add_linears(const Model& model, bool fuse_mlp, Arena& arena);
 

@@ -11,7 +11,7 @@ namespace {
 Tiles usable_tiles(const Plan& plan, const Tiles& cached) {
     Tiles usable;
     for (const Step& step : plan.steps) {
-        const auto* gemm = std::get_if<GemmStep>(&step);
+        const auto* gemm = std::get_if<GemmStep>(&step.kernel);
         if (gemm == nullptr || gemm->arguments.has_norm) {
             continue;
         }

@@ -60,8 +60,16 @@ struct MlpStep {
 struct PoolStep {
     PoolArguments arguments;  // kStream to kPooled
 };
-using Step = std::variant<PatchEmbedStep, PrenormStep, PostnormStep, GemmStep, AttentionStep,
-                          MlpStep, PoolStep>;
+using Kernel = std::variant<PatchEmbedStep, PrenormStep, PostnormStep, GemmStep, AttentionStep,
+                            MlpStep, PoolStep>;
+
+// Some steps have others in their place, with the same results, where a batch is small.
+struct Step {
+    Kernel kernel;
+    int least_batch, most_batch;
+
+    bool runs(int batch) const { return least_batch <= batch && batch <= most_batch; }
+};
 
 struct DeviceFree {
     int device;
@@ -102,7 +110,7 @@ void enqueue(const Plan& plan, const Forward& forward);
 // Loads the code of all kernels that a forward of so many images launches.
 void prepare(const Plan& plan, int batch);
 
-// Kernels that a forward enqueues.
-int launch_count(const Plan& plan);
+// Kernels that a forward of so many images enqueues.
+int launch_count(const Plan& plan, int batch);
 
 }  // namespace swinq

@@ -67,7 +67,7 @@ class StepBuilder {
         need(Buffer::kStatus, sizeof(int32_t));
         need(Buffer::kStream, values * size_of(stream_));
         need(Buffer::kOperand, p.inverse != nullptr ? values : 0);
-        plan_.steps.emplace_back(PatchEmbedStep{p});
+        add(PatchEmbedStep{p});
     }
 
     void add_attention_branch(const Stage& stage, int block) {
@@ -95,19 +95,16 @@ class StepBuilder {
         const Linear& fc2 = linears_.at(name + ".mlp.fc2");
         const bool is_last = block + 1 == stage.depth;  // merge and head read x itself
         const float* next = is_last ? nullptr : stream_inverse(qkv_name(stage.index, block + 1));
-        if (is_mlp_fused(model_, stage, name, fuse_mlp_)) {
+        const int separate = most_for_separate_mlp(model_, stage, name, fuse_mlp_);
+        if (separate < kAnyBatch) {
+            least_batch_ = separate + 1;
             add_fused_mlp(stage, name + ".norm2", fc1, fc2, next);
-            return;
+            least_batch_ = 1;
         }
-        if (is_v1_) {
-            add_prenorm(stage, name + ".norm2", fc1);
-        }
-        add_gemm(fc1, stage, operand_of(fc1), Activation::kGelu, fc2.type, fc2.in_inverse);
-        if (is_v1_) {
-            add_stream_gemm(fc2, stage, Buffer::kWide, Output::kResidual);
-        } else {
-            add_normed_gemm(fc2, stage, Buffer::kWide, Buffer::kNarrow, name + ".norm2", true,
-                            next);
+        if (separate > 0) {
+            most_batch_ = separate;
+            add_separate_mlp(stage, name + ".norm2", fc1, fc2, next);
+            most_batch_ = kAnyBatch;
         }
     }
 
@@ -134,14 +131,14 @@ class StepBuilder {
         p.tokens = static_cast<int>(stage.tokens());
         p.channels = stage.dim;
         need(Buffer::kPooled, static_cast<int64_t>(stage.dim) * size_of(stream_));
-        plan_.steps.emplace_back(PoolStep{p});
+        add(PoolStep{p});
 
         const Linear head = add_head_linear(model_, arena_);
         GemmArguments g = gemm_arguments(head, Activation::kNone, Output::kFloat);
         if (head.n != model_.architecture().num_classes) {
             need(Buffer::kLogits, head.n * static_cast<int64_t>(sizeof(float)));
         }
-        plan_.steps.emplace_back(GemmStep{g, Buffer::kPooled, Buffer::kLogits, 1});
+        add(GemmStep{g, Buffer::kPooled, Buffer::kLogits, 1});
     }
 
     // ---- steps ----
@@ -162,7 +159,7 @@ class StepBuilder {
         p.channels = stage.dim;
         p.merge = merge;
         need(out, stage.tokens() * stage.dim * size_of(reader.type));
-        plan_.steps.emplace_back(PrenormStep{p, out});
+        add(PrenormStep{p, out});
     }
 
     GemmArguments gemm_arguments(const Linear& linear, Activation activation, Output output) const {
@@ -188,7 +185,7 @@ class StepBuilder {
         GemmArguments g = gemm_arguments(linear, activation, output);
         g.out_inverse = inverse;
         need(Buffer::kWide, stage.tokens() * linear.n * size_of(reader));
-        plan_.steps.emplace_back(GemmStep{g, a, Buffer::kWide, static_cast<int>(stage.tokens())});
+        add(GemmStep{g, a, Buffer::kWide, static_cast<int>(stage.tokens())});
     }
 
     // v1: into the residual stream, on the way rounded to int8 where the file says so.
@@ -196,7 +193,7 @@ class StepBuilder {
         GemmArguments g = gemm_arguments(linear, Activation::kNone, output);
         g.out_inverse = linear.out_inverse;
         g.out_scale = linear.out_scale;
-        plan_.steps.emplace_back(GemmStep{g, a, Buffer::kStream, static_cast<int>(stage.tokens())});
+        add(GemmStep{g, a, Buffer::kStream, static_cast<int>(stage.tokens())});
     }
 
     // v2: by its norm into the residual stream, on the way to the norm rounded to int8 where the
@@ -216,7 +213,7 @@ class StepBuilder {
             g.norm_beta = add_vector(norm + ".bias");
             g.norm_eps = eps_;
             g.norm_inverse = inverse;
-            plan_.steps.emplace_back(GemmStep{g, a, Buffer::kStream, rows});
+            add(GemmStep{g, a, Buffer::kStream, rows});
             return;
         }
         const bool rounded = linear.out_inverse != nullptr;
@@ -234,8 +231,8 @@ class StepBuilder {
         p.channels = linear.n;
         p.residual = residual;
         need(y, stage.tokens() * linear.n * size_of(p.y_type));
-        plan_.steps.emplace_back(GemmStep{g, a, y, rows});
-        plan_.steps.emplace_back(PostnormStep{p, y, rows});
+        add(GemmStep{g, a, y, rows});
+        add(PostnormStep{p, y, rows});
     }
 
     // Whether the GEMM that writes the residual stream can take a norm with it on this device.
@@ -274,10 +271,23 @@ class StepBuilder {
         require_shared_memory(attention_shared_bytes(a), text("window_size ", stage.window),
                               "use a smaller window, or fp32 throughout");
         need(Buffer::kNarrow, stage.tokens() * proj.k * size_of(proj.type));
-        plan_.steps.emplace_back(AttentionStep{a});
+        add(AttentionStep{a});
     }
 
     // `next` makes the codes that the next layer reads of v2's stream, if it reads codes.
+    void add_separate_mlp(const Stage& stage, const std::string& norm, const Linear& fc1,
+                          const Linear& fc2, const float* next) {
+        if (is_v1_) {
+            add_prenorm(stage, norm, fc1);
+        }
+        add_gemm(fc1, stage, operand_of(fc1), Activation::kGelu, fc2.type, fc2.in_inverse);
+        if (is_v1_) {
+            add_stream_gemm(fc2, stage, Buffer::kWide, Output::kResidual);
+        } else {
+            add_normed_gemm(fc2, stage, Buffer::kWide, Buffer::kNarrow, norm, true, next);
+        }
+    }
+
     void add_fused_mlp(const Stage& stage, const std::string& norm, const Linear& fc1,
                        const Linear& fc2, const float* next) {
         MlpArguments m = {};
@@ -297,10 +307,12 @@ class StepBuilder {
         m.eps = eps_;
         m.channels = stage.dim;
         m.hidden = stage.hidden;
-        plan_.steps.emplace_back(MlpStep{m, static_cast<int>(stage.tokens())});
+        add(MlpStep{m, static_cast<int>(stage.tokens())});
     }
 
     // ---- parts ----
+
+    void add(const Kernel& kernel) { plan_.steps.push_back({kernel, least_batch_, most_batch_}); }
 
     // A plan is refused here, before a forward has begun that could not end.
     static void require_shared_memory(int64_t bytes, const std::string& what,
@@ -354,6 +366,7 @@ class StepBuilder {
     Arena& arena_;
     Plan& plan_;
     const Linears linears_;
+    int least_batch_ = 1, most_batch_ = kAnyBatch;  // of the steps that are added
 };
 
 }  // namespace

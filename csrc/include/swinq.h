@@ -30,7 +30,7 @@ extern "C" {
 #define SWINQ_API
 #endif
 
-#define SWINQ_ABI_VERSION 2
+#define SWINQ_ABI_VERSION 3
 #define SWINQ_MAX_STAGES 8
 
 typedef enum {
@@ -129,7 +129,8 @@ SWINQ_API swinq_status swinq_workspace_size(const swinq_plan* plan, int batch, s
  * which may allocate and wait. */
 SWINQ_API swinq_status swinq_prepare(const swinq_plan* plan, int batch);
 SWINQ_API swinq_status swinq_weight_bytes(const swinq_plan* plan, size_t* bytes);
-SWINQ_API swinq_status swinq_launch_count(const swinq_plan* plan, int* launches);
+/* Kernels that a forward of `batch` images launches. */
+SWINQ_API swinq_status swinq_launch_count(const swinq_plan* plan, int batch, int* launches);
 /* Linear layers and attentions that compute with int8 codes. */
 SWINQ_API swinq_status swinq_int8_layer_count(const swinq_plan* plan, int* layers);
 

@@ -84,6 +84,10 @@ bool mlp_supported(int channels, int hidden) {
     return has_kernel(channels, hidden) && compute_capability() == 90;
 }
 
+int mlp_few_rows_v2() {
+    return few_rows();
+}
+
 void mlp(const MlpArguments& p, cudaStream_t stream) {
     require_kernel(p.channels, p.hidden);
     if (compute_capability() != 90) {

@@ -29,6 +29,8 @@ struct MlpArguments {
 
 // Whether this device and these sizes have the kernel.
 bool mlp_supported(int channels, int hidden);
+// Rows up to which v2's separate kernels are faster; v1 has a form of its own for few.
+int mlp_few_rows_v2();
 void mlp(const MlpArguments& arguments, cudaStream_t stream);
 
 // Host side, at plan time: weights (hidden, channels) and (channels, hidden) into the kernel's

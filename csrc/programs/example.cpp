@@ -289,7 +289,7 @@ int run_example(const Example& example) {
     const Session session(std::move(plan), images, batch + 1, in_fp32);
     int launches = 0;
     size_t weight_bytes = 0;
-    check(swinq_launch_count(session.plan(), &launches));
+    check(swinq_launch_count(session.plan(), batch, &launches));
     check(swinq_weight_bytes(session.plan(), &weight_bytes));
     std::printf(
         "Swin v%d %s, window %d, image %d, batch %d, %s, %s on %s: %d kernels, %.1f MB of "

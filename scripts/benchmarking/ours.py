@@ -102,7 +102,7 @@ def runs(
         if mode not in engines:
             engines[mode] = engine(model, form, device)
         running = engines[mode]
-        about["launches"] = running.plan.launches
+        about["launches"] = running.plan.launches(batch)
         about["weight_bytes"] = running.plan.weight_bytes
         images = torch.randn(
             batch, 3, model.img_size, model.img_size, device=device, dtype=torch.float16

@@ -276,17 +276,17 @@ def floor(group: Sequence[Piece], device: Device) -> Floor:
     return Floor(bytes_time, "L2" if fits else "memory")
 
 
-# What a kernel may start with, by a word in its name; the first that occurs counts
+# Kinds or names of what a kernel may start with, by a word in its name; the first that occurs counts
 _KERNELS = (
-    ("mlp", "norm"),
-    ("patch_embed", "embed"),
-    ("attention", "attention"),
-    ("prenorm", "norm"),
-    ("postnorm", "norm"),
-    ("pool", "pool"),
-    ("gemm", "linear"),
+    ("mlp", ("norm2", "fc1")),
+    ("patch_embed", ("embed",)),
+    ("attention", ("attention",)),
+    ("prenorm", ("norm",)),
+    ("postnorm", ("norm",)),
+    ("pool", ("pool",)),
+    ("gemm", ("linear",)),
 )
-_MLP = 3  # norm2, fc1, fc2
+_MLP = 3  # norm2, fc1, fc2; in v2 norm2 is last
 
 
 def assign(kernels: Sequence[str], todo: Sequence[Piece]) -> list[list[Piece]]:
@@ -300,14 +300,14 @@ def assign(kernels: Sequence[str], todo: Sequence[Piece]) -> list[list[Piece]]:
     groups: list[list[Piece]] = []
     left = list(todo)
     for name in kernels:
-        word, kind = next(((w, k) for w, k in _KERNELS if w in name), ("", ""))
+        word, starts = next(((w, s) for w, s in _KERNELS if w in name), ("", ()))
         groups.append([])
         if not word:
             continue  # such as clearing flags
         before = next((g for g in reversed(groups[:-1]) if g), None)
-        while left and left[0].kind != kind and before is not None:
+        while left and not {left[0].kind, left[0].name} & {*starts} and before is not None:
             before.append(left.pop(0))
-        if not left or left[0].kind != kind:
+        if not left or not {left[0].kind, left[0].name} & {*starts}:
             raise ValueError(f"{name} has nothing to do in this forward")
         count = _MLP if word == "mlp" else 1
         groups[-1] += left[:count]

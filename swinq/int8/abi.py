@@ -7,7 +7,7 @@ from ctypes import POINTER, c_char_p, c_double, c_float, c_int, c_int32, c_int64
 
 import torch
 
-VERSION = 2  # of the ABI
+VERSION = 3  # of the ABI
 MAX_STAGES = 8  # that swinq_architecture holds
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY, CUDA_ERROR, INTERNAL_ERROR = range(6)
@@ -215,7 +215,7 @@ CALLS: dict[str, list[type]] = {
     "swinq_workspace_size": [c_void_p, c_int, POINTER(c_size_t)],
     "swinq_prepare": [c_void_p, c_int],
     "swinq_weight_bytes": [c_void_p, POINTER(c_size_t)],
-    "swinq_launch_count": [c_void_p, POINTER(c_int)],
+    "swinq_launch_count": [c_void_p, c_int, POINTER(c_int)],
     "swinq_forward": [
         c_void_p,  # plan
         c_void_p,  # images

@@ -99,11 +99,10 @@ class Plan:
         self.library.weight_bytes(self._handle, ctypes.byref(size))
         return size.value
 
-    @property
-    def launches(self) -> int:
-        """Kernels that a forward launches."""
+    def launches(self, batch: int) -> int:
+        """Kernels that a forward of so many images launches."""
         count = ctypes.c_int()
-        self.library.launch_count(self._handle, ctypes.byref(count))
+        self.library.launch_count(self._handle, batch, ctypes.byref(count))
         return count.value
 
     def forward(self, images: Tensor, logits: Tensor, workspace: Tensor) -> None:

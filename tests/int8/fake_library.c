@@ -83,7 +83,8 @@ SWINQ_API swinq_status swinq_weight_bytes(const swinq_plan* plan, size_t* bytes)
     return SWINQ_OK;
 }
 
-SWINQ_API swinq_status swinq_launch_count(const swinq_plan* plan, int* launches) {
+SWINQ_API swinq_status swinq_launch_count(const swinq_plan* plan, int batch, int* launches) {
+    (void)batch;
     *launches = plan->classes;
     return SWINQ_OK;
 }
