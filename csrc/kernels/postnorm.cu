@@ -7,7 +7,7 @@ namespace swinq {
 namespace {
 
 template <typename Y, typename T, int kVectors>
-__global__ void __launch_bounds__(kResidentThreads<T>, 1)
+__global__ void __launch_bounds__((kResidentThreads<T, kVectors>), 1)
     postnorm_kernel(const PostnormArguments a, const RowLayout layout, const Divisor width) {
     __shared__ float partial[2][kRowWarps];
     const int lane = threadIdx.x & (layout.lanes - 1);
@@ -86,13 +86,17 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1)
     }
 }
 
+template <typename Y, typename T, int kVectors>
+void launch_rows(const PostnormArguments& a, const RowLayout& layout, cudaStream_t stream) {
+    launch(postnorm_kernel<Y, T, kVectors>, row_blocks(layout, kResidentThreads<T, kVectors>),
+           layout.threads(), 0, stream, a, layout, Divisor(layout.width));
+}
+
 template <typename Y, typename T>
 void launch_postnorm(const PostnormArguments& a, const RowLayout& layout, cudaStream_t stream) {
-    const auto kernel = layout.vectors == 1   ? postnorm_kernel<Y, T, 1>
-                        : layout.vectors == 2 ? postnorm_kernel<Y, T, 2>
-                                              : postnorm_kernel<Y, T, 3>;
-    launch(kernel, row_blocks(layout, kResidentThreads<T>), layout.threads(), 0, stream, a, layout,
-           Divisor(layout.width));
+    if (layout.vectors == 1) return launch_rows<Y, T, 1>(a, layout, stream);
+    if (layout.vectors == 2) return launch_rows<Y, T, 2>(a, layout, stream);
+    launch_rows<Y, T, 3>(a, layout, stream);
 }
 
 void check(const PostnormArguments& a) {

@@ -38,7 +38,7 @@ __device__ __forceinline__ int column_offset(const PrenormArguments& a, int colu
 }
 
 template <typename T, int kVectors>
-__global__ void __launch_bounds__(kResidentThreads<T>, 1)
+__global__ void __launch_bounds__((kResidentThreads<T, kVectors>), 1)
     prenorm_kernel(const PrenormArguments a, const RowLayout layout, const Divisor width) {
     __shared__ float partial[2][kRowWarps];
     const int lane = threadIdx.x & (layout.lanes - 1);
@@ -112,13 +112,17 @@ __global__ void __launch_bounds__(kResidentThreads<T>, 1)
     }
 }
 
+template <typename T, int kVectors>
+void launch_rows(const PrenormArguments& a, const RowLayout& layout, cudaStream_t stream) {
+    launch(prenorm_kernel<T, kVectors>, row_blocks(layout, kResidentThreads<T, kVectors>),
+           layout.threads(), 0, stream, a, layout, Divisor(layout.width));
+}
+
 template <typename T>
 void launch_prenorm(const PrenormArguments& a, const RowLayout& layout, cudaStream_t stream) {
-    const auto kernel = layout.vectors == 1   ? prenorm_kernel<T, 1>
-                        : layout.vectors == 2 ? prenorm_kernel<T, 2>
-                                              : prenorm_kernel<T, 3>;
-    launch(kernel, row_blocks(layout, kResidentThreads<T>), layout.threads(), 0, stream, a, layout,
-           Divisor(layout.width));
+    if (layout.vectors == 1) return launch_rows<T, 1>(a, layout, stream);
+    if (layout.vectors == 2) return launch_rows<T, 2>(a, layout, stream);
+    launch_rows<T, 3>(a, layout, stream);
 }
 
 void check(const PrenormArguments& a, int64_t rows) {

@@ -15,9 +15,11 @@ constexpr int kRowLanes = 256;    // of a row, at most
 constexpr int kRowThreads = 128;  // of a block whose rows have at most as many lanes
 constexpr int kRowWarps = kRowLanes / kWarp;
 
-// Of a multiprocessor: at most 168 registers each, or 255 in FP32 models.
-template <typename T>
-constexpr int kResidentThreads = sizeof(T) == 2 ? 384 : 256;
+// Of a multiprocessor, as many as the registers allow: the kernels wait for memory and shuffles.
+template <typename T, int kVectors>
+constexpr int kResidentThreads = kVectors == 1   ? 768
+                                 : kVectors == 2 ? 512
+                                                 : (sizeof(T) == 2 ? 384 : 256);
 
 struct RowLayout {
     int rows, width;
