@@ -324,6 +324,7 @@ def _check_training(config: Config) -> None:
         uncaptured = {
             "TRAIN.USE_CHECKPOINT": config.TRAIN.USE_CHECKPOINT,
             "QAT.COMPILE": config.QAT.COMPILE == "no",
+            "QAT.PARALLEL": config.QAT.PARALLEL == "fsdp",
         }
         for key, without in uncaptured.items():
             if without:

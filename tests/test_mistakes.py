@@ -99,6 +99,11 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str, str]] = {
         "but QAT.COMPILE no (--opts)",
         "leave one of them out",
     ),
+    "graphs of a sharded model": (
+        (*TRAIN, "--opts", "QAT.CUDA_GRAPHS", "true", "QAT.PARALLEL", "fsdp"),
+        "but QAT.PARALLEL fsdp (--opts)",
+        "leave one of them out",
+    ),
     "a schedule from scratch": (
         (*TRAIN, "--opts", "TRAIN.BASE_LR", "1e-5"),
         "TRAIN.BASE_LR belongs to training from scratch",

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from swinq.train.parallel import placed, whole
+from swinq.train.parallel import local, placed, whole
 
 
 class Average:
@@ -28,9 +27,13 @@ class Average:
     def update(self, step: int) -> None:
         """Take in the parameters after step ``step``, from 0."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages = [_local(tensor) for tensor in self._averages.values()]
-        current = [_local(parameter.detach()) for parameter in self._parameters.values()]
+        averages = [local(tensor) for tensor in self._averages.values()]
+        current = [local(parameter.detach()) for parameter in self._parameters.values()]
         torch._foreach_lerp_(averages, current, 1.0 - decay)
+
+    def named(self) -> dict[str, Tensor]:
+        """The averages where they lie, as average.<parameter>."""
+        return {f"average.{name}": tensor for name, tensor in self._averages.items()}
 
     def tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name, whole, on the CPU; every rank calls this."""
@@ -41,7 +44,3 @@ class Average:
         """Take back what `tensors` gave."""
         for name, average in self._averages.items():
             average.copy_(placed(tensors[name], average))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -29,6 +29,7 @@ WRAPPINGS = ("ddp", "fsdp", "none")
 # Rounding belongs into the kernels that read or write a tensor anyway. By default inductor writes
 # out, in fp32, what several kernels use and what takes more than 4 reads or 30 operations.
 INLINED = {"realize_reads_threshold": 16, "realize_opcount_threshold": 200}
+SOUND = 1e18  # numbers up to this have finite squares in fp32; no model trains beyond
 GRAPHS = 64  # torch.compile's limit for one forward; a Swin needs two a stage, its teacher as many
 
 
@@ -113,17 +114,11 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         The norm over all parameters and ranks before that, 0-dim fp32, nothing waits for it.
     """
     parameters = list(parameters)
-    norm = norm_of(p.grad for p in parameters if p.grad is not None)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     if max_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, max_norm, norm)
     return norm
-
-
-@torch.no_grad()
-def norm_of(tensors: Iterable[Tensor]) -> Tensor:
-    """The norm over tensors and ranks, 0-dim fp32; not finite if one of their numbers is not."""
-    norm = nn.utils.get_total_norm(list(tensors))
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def full_state(model: nn.Module) -> dict[str, Tensor]:
@@ -138,10 +133,37 @@ def save_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
         "model.<name>" and "optimizer.<parameter>.<exp_avg, exp_avg_sq, step>", whole tensors.
     """
     tensors = {f"model.{name}": tensor for name, tensor in full_state(model).items()}
+    trained = trained_tensors(model, optimizer)
+    return tensors | {n: whole(tensor) for n, tensor in trained.items() if n not in tensors}
+
+
+def trained_tensors(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Parameters and the optimiser's state where they lie, by their names in `save_tensors`."""
+    tensors = {}
     for name, parameter in _plain(model).named_parameters():
+        tensors[f"model.{name}"] = parameter.detach()
         for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"optimizer.{name}.{key}"] = whole(value)
+            tensors[f"optimizer.{name}.{key}"] = value
     return tensors
+
+
+@torch.no_grad()
+def first_spoiled(tensors: Mapping[str, Tensor]) -> str:
+    """The first name of a tensor with NaN or a number beyond `SOUND`, the same on all ranks, or "".
+
+    Every rank calls this, with the same names; the device reads each tensor once.
+    """
+    found = [(name, local(tensor)) for name, tensor in tensors.items()]
+    held = [  # a shard may be empty, and AdamW may count its steps on the CPU
+        (place, tensor)
+        for place, (name, tensor) in enumerate(found)
+        if tensor.numel() and not name.endswith(".step")
+    ]
+    largest = torch.stack(torch._foreach_norm([tensor for _, tensor in held], ord=torch.inf))
+    spoiled = torch.zeros(len(found), dtype=torch.int64)
+    spoiled[[place for place, _ in held]] = (~(largest <= SOUND)).to("cpu", torch.int64)
+    places = distributed.all_reduce_max_(spoiled).nonzero()
+    return found[int(places[0])][0] if len(places) else ""
 
 
 @torch.no_grad()
@@ -181,6 +203,11 @@ def _required(tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Te
 
 def _plain(model: nn.Module) -> nn.Module:
     return model.module if isinstance(model, DistributedDataParallel) else model
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this rank has of a tensor, sharded or not."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def whole(tensor: Tensor) -> Tensor:

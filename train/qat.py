@@ -307,7 +307,7 @@ class _Loop:
     def _save(self, step: int, *, required: bool) -> None:
         """Write the whole state; a full disk ends the job only where the state is needed now."""
         began = time.monotonic()
-        self._require_finite(step)
+        self._require_sound(step)
         if self.captured is not None:
             self.captured.require_unmoved()
         tensors = parallel.save_tensors(self.student, self.optimizer)
@@ -331,17 +331,22 @@ class _Loop:
             console.say(f"saved: {path}", "quiet")
         self.saves.saved(step, began)
 
-    def _require_finite(self, step: int) -> None:
-        """Stop at weights and ranges that a sound gradient has made, and that no forward has seen.
+    def _require_sound(self, step: int) -> None:
+        """Stop at what a sound gradient has made of the state, and no forward has seen.
 
         Raises:
-            SwinqError: they are not finite.
+            SwinqError: NaN or numbers beyond all use in weights, ranges, moments or averages.
         """
-        weights = parameters_of(self.optimizer, ranges=False)
-        ranges = [log.detach().exp() for log in parameters_of(self.optimizer, ranges=True)]
-        norm = float(parallel.norm_of([*weights, *ranges]))
-        if not math.isfinite(norm):  # the same on all ranks
-            raise _diverged(f"the norm of weights and ranges after step {step} is {norm}")
+        state = parallel.trained_tensors(self.student, self.optimizer)
+        state |= {  # a finite logarithm may be one of an infinite range
+            f"the range of {name}": log.exp()
+            for name, log in state.items()
+            if name.startswith("model.") and name.endswith(".log_amax")
+        }
+        if self.average is not None:
+            state |= self.average.named()
+        if spoiled := parallel.first_spoiled(state):  # the same on all ranks
+            raise _diverged(f"{spoiled} has numbers beyond {parallel.SOUND:g} after step {step}")
 
     def _resume(self) -> int:
         """Take up the newest checkpoint; return the number of steps that are done."""

@@ -276,7 +276,7 @@ def floor(group: Sequence[Piece], device: Device) -> Floor:
     return Floor(bytes_time, "L2" if fits else "memory")
 
 
-# Kinds or names of what a kernel may start with, by a word in its name; the first that occurs counts
+# Kinds or names of what a kernel may start with, by a word in its name; the first found counts
 _KERNELS = (
     ("mlp", ("norm2", "fc1")),
     ("patch_embed", ("embed",)),

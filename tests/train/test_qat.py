@@ -200,25 +200,35 @@ def test_a_gradient_that_is_not_finite_ends_the_job_and_spares_the_checkpoint(
     assert not (tmp_path / "training").exists()  # nothing unsound was written
 
 
-@pytest.mark.parametrize(("name", "rate"), [("decayed", 1e38), ("ranges", 1e3)])
-def test_what_is_not_finite_is_never_saved_over_a_good_state(
-    tmp_path: Path, name: str, rate: float
+@pytest.mark.parametrize(
+    ("group", "rate", "named"),
+    [
+        ("decayed", 1e38, r"model\..*"),
+        ("ranges", 1e3, r"the range of model\..*log_amax"),
+        ("decayed", None, r"optimizer\..*exp_avg_sq"),
+    ],
+)
+def test_what_is_spoiled_is_never_saved_over_a_good_state(
+    tmp_path: Path, group: str, rate: float | None, named: str
 ) -> None:
-    """A rate leaps in the step before a save: no gradient has seen what it made."""
+    """The step before a save goes wrong: no gradient has seen what it made."""
     from swinq.train import qat
 
     real = qat.Schedule.set
 
-    def leap(self: qat.Schedule, step: int) -> float:
+    def spoil(self: qat.Schedule, step: int) -> float:
         usual = real(self, step)
-        for group in self.optimizer.param_groups:
-            if step == 3 and group["name"] == name:
-                group["lr"] = rate
+        for part in self.optimizer.param_groups:
+            if step == 3 and part["name"] == group and rate:
+                part["lr"] = rate
+            elif step == 3 and part["name"] == group:
+                for parameter in part["params"]:
+                    self.optimizer.state[parameter]["exp_avg_sq"].fill_(torch.inf)
         return usual
 
-    with pytest.MonkeyPatch.context() as leaping:
-        leaping.setattr(qat.Schedule, "set", leap)
-        with pytest.raises(SwinqError, match=r"ranges after step 4 is (inf|nan).*before it"):
+    with pytest.MonkeyPatch.context() as spoiling:
+        spoiling.setattr(qat.Schedule, "set", spoil)
+        with pytest.raises(SwinqError, match=f"{named} has numbers .* step 4; .*before it"):
             run_job(tmp_path, tiny_calibrated(), save_steps=2)
     assert [p.name for p in (tmp_path / "training").iterdir()] == ["step-00000002.safetensors"]
     assert run_job(tmp_path, tiny_calibrated(), save_steps=2).judged[-1][0] == 8
