@@ -329,7 +329,9 @@ def _finish(
         judging.add(f"QAT fake-quant mode {mode}", "fake-quant", mode, quantized)
 
     path = session.trained_path()
-    judged = (progress.best_step, progress.best_top1)
+    earlier = getattr(quantized, "judged", None)  # of the file that the job began with
+    step = progress.best_step or (earlier[0] if earlier else 0)
+    judged = (step, progress.best_top1)
     return conclude(session, path, float_model, quantized, calibrated, images, judge, judged)
 
 

@@ -268,6 +268,8 @@ def test_a_finetuned_model_that_is_its_own_teacher_is_noted(trained: Path, tmp_p
     assert note in done(*job, "--distill").out
     assert note in done(*job, "--teacher", start, "--tag", "named").out
     assert note not in done(*job, "--teacher", CHECKPOINT, "--tag", "original").out
+    again = swinq.load(tmp_path / "micro_swin_digits" / "original" / TRAINED)
+    assert again.judged[0] == 3  # no step was better: still the model that an earlier job trained
 
 
 def test_what_a_job_reads_is_not_what_it_writes(trained: Path, tmp_path: Path) -> None:
