@@ -112,10 +112,8 @@ void mlp(const MlpArguments& p, cudaStream_t stream) {
         refuse_argument("mlp", "in_inverse and operand are both given or both null",
                         "pass in_inverse for v1's MLP, operand for v2's");
     }
-    for (const void* pointer :
-         {static_cast<const void*>(p.in_inverse), static_cast<const void*>(p.operand)}) {
-        if (pointer != nullptr) require_pointer("mlp", "in_inverse or operand", pointer);
-    }
+    if (p.in_inverse != nullptr) require_pointer("mlp", "in_inverse", p.in_inverse);
+    if (p.operand != nullptr) require_pointer("mlp", "operand", p.operand);
     if (p.next_inverse != nullptr) require_pointer("mlp", "next_inverse", p.next_inverse);
     if ((p.out_inverse == nullptr) != (p.out_scale == nullptr)) {
         refuse_argument("mlp", "one of out_inverse and out_scale is null, the other is not",

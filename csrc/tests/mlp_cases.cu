@@ -98,12 +98,7 @@ struct Mlp {
         return a;
     }
 
-    void separate(void* x, int8_t* a, int8_t* h, int m, bool rounded) const {
-        PrenormArguments p = {};
-        p.stream = Type::kHalf, p.operand = Type::kInt8, p.x = x, p.out = a;
-        p.gamma = gamma.get(), p.beta = beta.get(), p.inverse = in_inverse.get(), p.eps = kEps;
-        p.batch = m, p.resolution = 1, p.channels = channels;
-        prenorm(p, nullptr);
+    void run_fc1(const int8_t* a, int8_t* h, int m) const {
         GemmArguments g = {};
         g.operand = Type::kInt8, g.stream = Type::kHalf;
         g.activation = Activation::kGelu, g.output = Output::kCodes;
@@ -111,12 +106,28 @@ struct Mlp {
         g.factor = fc1_factor.get(), g.bias = fc1_bias.get(), g.out_inverse = hidden_inverse.get();
         g.m = m, g.n = hidden, g.k = channels;
         gemm(g, nullptr, nullptr);
-        g.activation = Activation::kNone, g.output = Output::kResidual;
-        g.a = h, g.w = fc2.gemm.get(), g.out = x;
+    }
+
+    // But for the form of the output.
+    GemmArguments fc2_arguments(const int8_t* h, void* out, int m, bool rounded) const {
+        GemmArguments g = {};
+        g.operand = Type::kInt8, g.stream = Type::kHalf, g.activation = Activation::kNone;
+        g.a = h, g.w = fc2.gemm.get(), g.out = out;
         g.factor = fc2_factor.get(), g.bias = fc2_bias.get();
         g.out_inverse = rounded ? out_inverse.get() : nullptr;
-        g.out_scale = rounded ? out_scale.get() : nullptr;
-        g.n = channels, g.k = hidden;
+        g.m = m, g.n = channels, g.k = hidden;
+        return g;
+    }
+
+    void separate(void* x, int8_t* a, int8_t* h, int m, bool rounded) const {
+        PrenormArguments p = {};
+        p.stream = Type::kHalf, p.operand = Type::kInt8, p.x = x, p.out = a;
+        p.gamma = gamma.get(), p.beta = beta.get(), p.inverse = in_inverse.get(), p.eps = kEps;
+        p.batch = m, p.resolution = 1, p.channels = channels;
+        prenorm(p, nullptr);
+        run_fc1(a, h, m);
+        GemmArguments g = fc2_arguments(h, x, m, rounded);
+        g.output = Output::kResidual, g.out_scale = rounded ? out_scale.get() : nullptr;
         gemm(g, nullptr, nullptr);
     }
 
@@ -130,18 +141,9 @@ struct Mlp {
 
     void separate_v2(void* x, int8_t* codes, int8_t* h, void* y, int m, bool rounded,
                      bool next) const {
-        GemmArguments g = {};
-        g.operand = Type::kInt8, g.stream = Type::kHalf;
-        g.activation = Activation::kGelu, g.output = Output::kCodes;
-        g.a = codes, g.w = fc1.gemm.get(), g.out = h;
-        g.factor = fc1_factor.get(), g.bias = fc1_bias.get(), g.out_inverse = hidden_inverse.get();
-        g.m = m, g.n = hidden, g.k = channels;
-        gemm(g, nullptr, nullptr);
-        g.activation = Activation::kNone, g.output = rounded ? Output::kCodes : Output::kFloat;
-        g.a = h, g.w = fc2.gemm.get(), g.out = y;
-        g.factor = fc2_factor.get(), g.bias = fc2_bias.get();
-        g.out_inverse = rounded ? out_inverse.get() : nullptr;
-        g.n = channels, g.k = hidden;
+        run_fc1(codes, h, m);
+        GemmArguments g = fc2_arguments(h, y, m, rounded);
+        g.output = rounded ? Output::kCodes : Output::kFloat;
         gemm(g, nullptr, nullptr);
         PostnormArguments p = {};
         p.y_type = rounded ? Type::kInt8 : Type::kFloat, p.stream = Type::kHalf;
@@ -160,15 +162,17 @@ struct Mlp {
     DeviceArray<float> reach[2];                                      // (channels): plain, rounded
 };
 
+// With guards around the bytes, which a kernel must not touch.
+void copy_in(GuardedBuffer& to, const void* from, int64_t bytes) {
+    to.poison(bytes);
+    must(cudaMemcpyAsync(to.get(), from, bytes, cudaMemcpyDeviceToDevice), "filling a buffer");
+}
+
 void compare_mlp(Group& group, const Mlp& mlp_case, int m, bool rounded) {
     const int64_t count = static_cast<int64_t>(m) * mlp_case.channels;
     const auto before = random_stream(Type::kHalf, m, mlp_case.channels, next_seed());
     GuardedBuffer x(count * 2), wanted(count * 2);
-    x.poison(count * 2);
-    wanted.poison(count * 2);
-    for (void* to : {x.get(), wanted.get()}) {
-        must(cudaMemcpyAsync(to, before.get(), count * 2, cudaMemcpyDeviceToDevice), "stream");
-    }
+    for (GuardedBuffer* to : {&x, &wanted}) copy_in(*to, before.get(), count * 2);
     DeviceArray<int8_t> a(count), h(static_cast<int64_t>(m) * mlp_case.hidden);
     const std::string label = "m " + std::to_string(m) + " channels " +
                               std::to_string(mlp_case.channels) + (rounded ? " rounded" : "");
@@ -189,15 +193,8 @@ void compare_v2(Group& group, const Mlp& mlp_case, int m, bool rounded, bool nex
     const auto x_before = random_stream(Type::kHalf, m, mlp_case.channels, next_seed());
     const auto codes_before = random_bytes(Type::kInt8, count, next_seed(), -128, 127);
     GuardedBuffer x(count * 2), wanted_x(count * 2), codes(count), wanted_codes(count);
-    for (GuardedBuffer* to : {&x, &wanted_x}) {
-        to->poison(count * 2);
-        must(cudaMemcpyAsync(to->get(), x_before.get(), count * 2, cudaMemcpyDeviceToDevice), "x");
-    }
-    for (GuardedBuffer* to : {&codes, &wanted_codes}) {
-        to->poison(count);
-        must(cudaMemcpyAsync(to->get(), codes_before.get(), count, cudaMemcpyDeviceToDevice),
-             "codes");
-    }
+    for (GuardedBuffer* to : {&x, &wanted_x}) copy_in(*to, x_before.get(), count * 2);
+    for (GuardedBuffer* to : {&codes, &wanted_codes}) copy_in(*to, codes_before.get(), count);
     DeviceArray<int8_t> h(static_cast<int64_t>(m) * mlp_case.hidden);
     DeviceArray<float> y(count);
     const std::string label = "m " + std::to_string(m) + " channels " +
@@ -222,12 +219,8 @@ void compare_alone(Group& group, const Mlp& mlp_case, int alone, int many, bool 
     const int64_t row_bytes = static_cast<int64_t>(mlp_case.channels) * 2;
     const auto before = random_stream(Type::kHalf, many, mlp_case.channels, next_seed());
     GuardedBuffer x(alone * row_bytes), all(many * row_bytes);
-    x.poison(alone * row_bytes);
-    all.poison(many * row_bytes);
-    must(cudaMemcpyAsync(x.get(), before.get(), alone * row_bytes, cudaMemcpyDeviceToDevice),
-         "rows alone");
-    must(cudaMemcpyAsync(all.get(), before.get(), many * row_bytes, cudaMemcpyDeviceToDevice),
-         "all rows");
+    copy_in(x, before.get(), alone * row_bytes);
+    copy_in(all, before.get(), many * row_bytes);
     const std::string label = "m " + std::to_string(alone) + " among " + std::to_string(many) +
                               " channels " + std::to_string(mlp_case.channels) +
                               (rounded ? " rounded" : "");

@@ -300,14 +300,14 @@ def assign(kernels: Sequence[str], todo: Sequence[Piece]) -> list[list[Piece]]:
     groups: list[list[Piece]] = []
     left = list(todo)
     for name in kernels:
-        word, starts = next(((w, s) for w, s in _KERNELS if w in name), ("", ()))
+        word, starts = next(((w, {*s}) for w, s in _KERNELS if w in name), ("", set()))
         groups.append([])
         if not word:
             continue  # such as clearing flags
         before = next((g for g in reversed(groups[:-1]) if g), None)
-        while left and not {left[0].kind, left[0].name} & {*starts} and before is not None:
+        while left and not starts & {left[0].kind, left[0].name} and before is not None:
             before.append(left.pop(0))
-        if not left or not {left[0].kind, left[0].name} & {*starts}:
+        if not left or not starts & {left[0].kind, left[0].name}:
             raise ValueError(f"{name} has nothing to do in this forward")
         count = _MLP if word == "mlp" else 1
         groups[-1] += left[:count]
