@@ -23,6 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TIMEOUT_S = 600  # a rank that is silent for this long ends the job
+# NCCL's watchdog, having found a rank silent, waits four times this, 60 s by default, for a dump of
+# its records, which takes no second; only then it ends the process
+DUMP_PATIENCE_MS = 1000
 CULPRIT_FIRST_S = 2.0  # torchrun blames the first rank that ends: not one that only lost its peer
 
 
@@ -130,6 +133,7 @@ def init(backend: str | None = None, *, timeout_s: float = TIMEOUT_S) -> None:
         backend = "nccl" if ranks_here <= gpus and group.is_nccl_available() else "gloo"
     if backend == "nccl":
         torch.cuda.set_device(local_rank())
+        os.environ.setdefault("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", str(DUMP_PATIENCE_MS))
     try:
         group.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     except (RuntimeError, ValueError) as error:

@@ -121,6 +121,13 @@ def clip_gradients(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     return norm
 
 
+def mean_over_ranks(values: Tensor) -> Tensor:
+    """The mean of every rank's values, to be looked at: its last bits depend on the ranks."""
+    if distributed.world_size() > 1:
+        torch.distributed.all_reduce(values)
+    return values / distributed.world_size()
+
+
 def full_state(model: nn.Module) -> dict[str, Tensor]:
     """The state dict of the plain model, on the CPU; every rank calls this, every rank gets it."""
     return {name: whole(tensor) for name, tensor in _plain(model).state_dict().items()}

@@ -233,8 +233,8 @@ class _Loop:
         self.optimizer.zero_grad(set_to_none=not self.holds_gradients)
         if self.average is not None:
             self.average.update(step)
-        values = torch.stack([norm.float(), *(value.float() for value in sums.values())])
-        return _Unread(step, rate, values, list(sums))
+        losses = parallel.mean_over_ranks(torch.stack([value.float() for value in sums.values()]))
+        return _Unread(step, rate, torch.cat([norm.float().view(1), losses]), list(sums))
 
     def _losses(self, batch: TrainingBatch) -> dict[str, Tensor]:
         """The weighted parts of the loss of a micro-batch, 0-dim fp32 each."""

@@ -7,6 +7,7 @@ the system fills, and ends the process if no step ends in time.
 
 from __future__ import annotations
 
+import math
 import os
 import select
 import signal
@@ -20,29 +21,32 @@ from typing import Any
 
 import torch
 import torch.distributed as group
+from torch.distributed.launcher.api import LaunchConfig
 
 from swinq import console, distributed
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-# Share of torchrun's patience, 30 s by default, in which a step must end; saving has the rest
+# Share of torchrun's patience in which a step must end; saving has the rest
 GRACE_SHARE = 2 / 3
+PATIENCE_S = 30.0  # torchrun's, where nobody has changed it, and always once a rank has failed
 _CLOSE = b"\0"  # no signal's number
 
 
 class StopRequest:
     """Within it the signals ask for a stop instead of ending the process.
 
-    A second Ctrl-C raises KeyboardInterrupt. A process whose steps have not ended `grace_s` after
-    a signal, because a peer is gone or a step is too long, exits at once with the exit code.
+    A second Ctrl-C raises KeyboardInterrupt. A process whose step has not ended `grace_s` after a
+    signal, because a peer is gone or a step is too long, exits at once with the exit code.
 
     Args:
-        grace_s: seconds from a signal to the end of a step, at most; None is 20, or more where
-            TORCH_ELASTIC_SHUTDOWN_TIMEOUT has made torchrun wait longer before it kills.
+        grace_s: seconds from a signal to the end of a step, at most; None is 20, and for SIGUSR1
+            more where TORCH_ELASTIC_SHUTDOWN_TIMEOUT makes torchrun wait longer before it kills.
+            SIGTERM is what torchrun sends when another rank has failed, and then it never waits
+            longer.
     """
 
     def __init__(self, grace_s: float | None = None) -> None:
-        patience_s = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "30"))
-        self.grace_s = patience_s * GRACE_SHARE if grace_s is None else grace_s
+        self._grace_s = grace_s
         self._received = 0  # the first signal's number here, 0 for none
         self._agreed = 0  # the number on which all ranks agreed
         self._interrupts = 0
@@ -54,6 +58,14 @@ class StopRequest:
         """128 + the signal's number, as shells have it: 143, 138 or 130; 0 before any signal."""
         number = self._agreed or self._received
         return 128 + number if number else 0
+
+    def grace_s(self, number: int) -> float:
+        """Seconds that a step has after this signal."""
+        if self._grace_s is not None:
+            return self._grace_s
+        asked_s = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", PATIENCE_S))
+        waits = number == signal.SIGUSR1 and hasattr(LaunchConfig, "shutdown_timeout")
+        return GRACE_SHARE * (asked_s if waits else min(asked_s, PATIENCE_S))
 
     def agreed(self) -> bool:
         """Whether all ranks stop now; call it on all of them after each step.
@@ -115,29 +127,29 @@ class StopRequest:
             raise KeyboardInterrupt
 
     def _watch(self) -> None:
-        deadline = None
+        deadline, cause = math.inf, 0  # when this process ends, and the signal that says so
         while True:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+            left = None if deadline == math.inf else max(deadline - time.monotonic(), 0.0)
             if not select.select([self._reader], [], [], left)[0]:
-                if self._saving:
-                    deadline = time.monotonic() + self.grace_s  # the step after it may take as long
+                if self._saving:  # the step after it may take as long
+                    deadline = time.monotonic() + self.grace_s(cause)
                     continue
                 if not self._agreed:
-                    self._exit()
-                deadline = None  # they are saving, and take the time that it takes
+                    self._exit(cause)
+                deadline = math.inf  # they are saving, and take the time that it takes
                 continue
             for number in os.read(self._reader, 4096):
                 if number == 0:
                     return
-                if number in SIGNALS and deadline is None and not self._agreed:
+                if number in SIGNALS and not self._agreed:
                     self._received = self._received or number
-                    deadline = time.monotonic() + self.grace_s
+                    ends = time.monotonic() + self.grace_s(number)
+                    deadline, cause = min((deadline, cause), (ends, number))
 
-    def _exit(self) -> None:
-        name = signal.Signals(self._received).name
+    def _exit(self, cause: int) -> None:
         console.complain(
-            f"{name} {self.grace_s:.0f} s ago, and no step has ended since: ending now; "
-            "the last checkpoint counts",
+            f"{signal.Signals(cause).name} {self.grace_s(cause):.0f} s ago, and no step has ended "
+            "since: ending now; the last checkpoint counts",
             label="",
         )
         sys.stdout.flush()

@@ -193,17 +193,12 @@ class Graph:
     """
 
     def __init__(self, images: Tensor, forward: Callable[[], Tensor]) -> None:
-        """Capture `forward`, which reads `images`."""
+        """Capture `forward`, which reads `images` and whose kernels are loaded."""
         self.images = images
         self._forward = forward  # holds the weights, which replays read
         self._calling = threading.Lock()
         self._called = torch.cuda.Event()  # the end of work on `images` and `logits`
         with torch.cuda.device(images.device):
-            aside = torch.cuda.Stream()
-            aside.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(aside):
-                forward()  # what happens at the first call only must not happen in the capture
-            torch.cuda.current_stream().wait_stream(aside)
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self.logits = forward()

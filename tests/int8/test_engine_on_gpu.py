@@ -1,5 +1,8 @@
 """The built libswinq on a GPU: against the reference and torch, same bits, non-finite numbers."""
 
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +35,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not available(), reason="libswinq is not built"),
 ]
+ROOT = Path(__file__).resolve().parents[2]
 PRECISIONS = ("int8", "mode 2", "mixed", "fp16")
 
 
@@ -71,6 +75,37 @@ def test_float_models_agree_with_torch(version: int, precision: str, bound: floa
         wanted = model(batch)
     found = CudaSwin(collect_plain(model, precision))(batch).cpu()
     assert (found - wanted).abs().max() < bound * wanted.std()
+
+
+def tiny_architecture(version: int) -> Architecture:
+    """As many channels, blocks and tokens as Swin-T has."""
+    size, window = (224, 7) if version == 1 else (256, 8)
+    return made_architecture(
+        version,
+        img_size=size,
+        patch_size=4,
+        embed_dim=96,
+        depths=(2, 2, 6, 2),
+        num_heads=(3, 6, 12, 24),
+        mlp_ratio=4.0,
+        window_size=window,
+        pretrained_window_sizes=(0, 0, 0, 0),
+    )
+
+
+@pytest.mark.parametrize("make", [made_architecture, tiny_architecture])
+@pytest.mark.parametrize("version", [1, 2])
+def test_fp16_errs_at_most_twice_as_much_as_torch(
+    version: int, make: Callable[[int], Architecture]
+) -> None:
+    arch = make(version)
+    model = lively_model(arch).half().cuda()  # weights that all three have
+    batch = images(arch, 64).half().cuda()
+    with torch.no_grad():
+        plain = model(batch).double()
+        exact = model.double()(batch.double())
+    found = CudaSwin(collect_plain(model.float(), "fp16"))(batch).double()
+    assert (found - exact).square().mean() <= 4 * (plain - exact).square().mean()
 
 
 # 96 channels, whose MLP is one kernel on sm_90: v1's has a form for few rows, which one image is
@@ -119,25 +154,31 @@ def test_an_image_has_the_same_bits_in_any_company_stream_and_graph(
 @pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("version", [1, 2])
 def test_a_batch_of_more_than_two_to_the_31_numbers_is_right(version: int, precision: str) -> None:
-    size, window = (224, 7) if version == 1 else (256, 8)
-    arch = made_architecture(
-        version,
-        img_size=size,
-        patch_size=4,
-        embed_dim=96,
-        depths=(2, 2, 2, 2),
-        num_heads=(3, 6, 12, 24),
-        window_size=window,
-        pretrained_window_sizes=(0, 0, 0, 0),
-    )
+    arch = tiny_architecture(version)
     model, _ = on_gpu(arch, precision)
     few = images(arch, 8).cuda().half()
-    repeats = -(-(2**31) // ((size // 4) ** 2 * arch.embed_dim * len(few))) + 1
+    repeats = -(-(2**31) // ((arch.img_size // 4) ** 2 * arch.embed_dim * len(few))) + 1
     wanted = model(few)
-    if torch.cuda.mem_get_info()[0] < 2 * model.plan.workspace_size(repeats * len(few)):
+    torch.cuda.empty_cache()
+    pixels = few.numel() * few.element_size() * repeats
+    if torch.cuda.mem_get_info()[0] < model.plan.workspace_size(repeats * len(few)) + 2 * pixels:
         pytest.skip("too little memory for such a batch")
     found = model(few.repeat(repeats, 1, 1, 1))
     assert torch.equal(found, wanted.repeat(repeats, 1))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_a_second_gpu_gives_the_same_bits_while_the_first_is_current() -> None:
+    arch = made_architecture()
+    first, _ = on_gpu(arch, "int8")
+    second = CudaSwin(first.checkpoint, "cuda:1")
+    batch = images(arch, 4)
+    wanted = first(batch).cpu()
+    assert torch.cuda.current_device() == 0
+    found = second(batch)
+    assert found.device == torch.device("cuda", 1)
+    assert torch.equal(found.cpu(), wanted)
+    assert torch.equal(second.graph(4)(batch.to("cuda:1")).cpu(), wanted)
 
 
 def test_streams_run_at_once_without_mixing() -> None:
@@ -173,6 +214,37 @@ def test_forward_neither_waits_nor_allocates() -> None:
         torch.cuda.set_sync_debug_mode("default")
     torch.cuda.synchronize()
     assert torch.cuda.mem_get_info()[0] == free
+
+
+FIRST_FORWARD = """
+import sys
+import torch
+from torch.profiler import ProfilerActivity, profile
+from swinq.int8.engine import CudaSwin
+
+model = CudaSwin.load(sys.argv[1])
+size = model.plan.workspace_size(2)
+images = torch.empty(2, 3, 32, 32, device="cuda").fill_(0.5)
+logits = torch.empty(2, 10, device="cuda")
+workspace = torch.empty(size, dtype=torch.uint8, device="cuda")
+if sys.argv[2] == "prepared":
+    model.plan.prepare(2)
+torch.cuda.synchronize()
+with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+    model.plan.forward(images, logits, workspace)
+    torch.cuda.synchronize()
+loading = ("Lazy Function Loading", "Runtime Triggered Module Loading")
+print(sum(event.count for event in profiler.key_averages() if event.key in loading))
+"""
+
+
+def test_a_prepared_forward_loads_no_kernels(tmp_path: Path) -> None:
+    path = write_made(tmp_path / "model.safetensors", made_architecture())
+    loads = [
+        int(subprocess.check_output([sys.executable, "-c", FIRST_FORWARD, path, how], cwd=ROOT))
+        for how in ("prepared", "as it is")
+    ]
+    assert loads[0] == 0 < loads[1]
 
 
 def test_memory_of_the_host_is_refused() -> None:

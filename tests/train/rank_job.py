@@ -1,4 +1,4 @@
-"""Trains a tiny Swin on this rank and saves the whole state that every rank ends with.
+"""Trains a tiny Swin on this rank and saves the state and the losses that every rank ends with.
 
 [torchrun --nproc_per_node N] tests/train/rank_job.py FOLDER ddp|fsdp
 """
@@ -19,8 +19,10 @@ def main() -> None:
     model = tiny_calibrated()
     folder = Path(sys.argv[1])
     accumulation = 2 // distributed.world_size()
-    run_job(folder, model, accumulation=accumulation, parallel=sys.argv[2], eps=1e-2)
-    torch.save(model.state_dict(), folder / f"{distributed.rank()}.pt")
+    progress = run_job(folder, model, accumulation=accumulation, parallel=sys.argv[2], eps=1e-2)
+    losses = torch.tensor([loss for _, loss, _ in progress.curve])
+    saved = {"model": model.state_dict(), "losses": losses}
+    torch.save(saved, folder / f"{distributed.rank()}.pt")
     distributed.shutdown()
 
 

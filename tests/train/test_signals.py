@@ -7,12 +7,14 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
 from swinq.data.loader import BatchLoader
+from swinq.train import signals
 from swinq.train.signals import SIGNALS, StopRequest
 from tests.threads import threads_of_torch
 from tests.train.ranks import start
@@ -78,9 +80,16 @@ def test_grace_waits_for_a_save_that_a_signal_meets() -> None:
 
 
 def test_grace_grows_with_the_patience_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert StopRequest().grace_s == 20
+    """A failed peer makes torchrun send SIGTERM, and then it kills after 30 s all the same."""
+    stop = StopRequest()
+    assert [stop.grace_s(number) for number in SIGNALS] == [20, 20, 20]
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "150")
-    assert StopRequest().grace_s == 100
+    for knows, grace_s in ((True, 100), (False, 20)):  # torchrun before PyTorch 2.12 does not
+        config = SimpleNamespace(**({"shutdown_timeout": None} if knows else {}))
+        monkeypatch.setattr(signals, "LaunchConfig", config)
+        assert [stop.grace_s(number) for number in SIGNALS] == [20, grace_s, 20]
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "15")
+    assert stop.grace_s(signal.SIGTERM) == 10
 
 
 def test_other_signals_are_none_of_its_business() -> None:
