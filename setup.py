@@ -1,7 +1,7 @@
 """Build libswinq, the CUDA engine, along with the Python package; pyproject.toml says the rest.
 
-SWINQ_CUDA=0 leaves it out and SWINQ_CUDA=1 demands it. Unset, it is built where nvcc and CMake are,
-and the reason is told where they are not. A GPU is neither needed nor looked for.
+SWINQ_CUDA=0 leaves it out and SWINQ_CUDA=1 demands it. Unset, it is built where nvcc and CMake are
+new enough, and the reason is told where they are not. A GPU is neither needed nor looked for.
 
 SWINQ_ARCHITECTURES  GPUs to build for, such as 90a; default: all, see csrc/CMakeLists.txt
 SWINQ_TESTS=1        also the programs and tests of csrc/; then spilled registers are an error
@@ -18,6 +18,7 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "kernels"
@@ -85,9 +86,20 @@ class BuildEngine(build_ext):
             configure.append("-DSWINQ_TESTS=ON")
         else:
             build += ["--target", "swinq"]
-        subprocess.run(configure, check=True)
-        subprocess.run(build, check=True, env=os.environ | {"SWINQ_STRICT": str(int(strict))})
         target = Path(self.get_ext_fullpath(ext.name))
+        if not self.inplace:
+            target.unlink(missing_ok=True)  # an earlier one would go into the wheel if this fails
+        if subprocess.run(configure, check=False).returncode:
+            why = "CMake cannot build the CUDA engine with this toolkit, see its words above"
+            if os.environ.get("SWINQ_CUDA") == "1":
+                raise SystemExit(
+                    f"swinq: {why}\n  fix: install CUDA 12.5 or later and name its folder in "
+                    "CUDA_HOME, or unset SWINQ_CUDA to do without the engine"
+                )
+            raise CompileError(why)  # setuptools warns, and goes on without an optional extension
+        environment = os.environ | {"SWINQ_STRICT": str(int(strict))}
+        if subprocess.run(build, check=False, env=environment).returncode:
+            raise SystemExit("swinq: the CUDA engine does not compile, see above")
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
         shutil.copy(BUILD / "libswinq.so", partial)
@@ -109,7 +121,7 @@ def main() -> None:
     if against:
         print(f"swinq: the CUDA engine is not built: {against}")
     setup(
-        ext_modules=[] if against else [Extension("swinq.int8.libswinq", sources=[])],
+        ext_modules=[] if against else [Extension("swinq.int8.libswinq", [], optional=True)],
         cmdclass={"build_ext": BuildEngine, "bdist_wheel": PlatformWheel},
     )
 

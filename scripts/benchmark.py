@@ -35,11 +35,12 @@ from benchmarking.cases import MODELS, OURS, PEERS, find_models, tasks
 from benchmarking.peers import versions
 from benchmarking.records import Record
 from benchmarking.schedule import command_of, run_all
-from benchmarking.tables import latency, renderers, rewrite
+from benchmarking.tables import latency, renderers, rewrite_all
 
 import swinq
 from swinq import console
 from swinq.errors import SwinqError
+from swinq.int8.device import require_present
 from swinq.latency import device_name
 
 SCRIPT = Path(__file__).resolve()
@@ -49,7 +50,9 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     made.add_argument("--models", nargs="+", default=list(MODELS), metavar="MODEL")
-    made.add_argument("--batches", nargs="+", type=int, default=[], help="instead of the usual")
+    made.add_argument(
+        "--batches", nargs="+", type=positive, default=[], help="instead of the usual"
+    )
     made.add_argument("--peers", nargs="*", choices=PEERS, help="none after it: no peer")
     made.add_argument("--ours", nargs="*", choices=OURS, help="none after it: not ours")
     made.add_argument("--json", type=Path, help="raw results, added to what is there")
@@ -64,9 +67,21 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
+def positive(text: str) -> int:
+    """A number of images, 1 or more.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
 def measure(args: argparse.Namespace, record: Record) -> int:
     """Measure what is asked for and not yet in the record."""
     started = time.monotonic()
+    require_present(args.device)
     have = set() if args.again else record.measured()
     todo = tasks(find_models(args.models), args.peers, args.ours, args.batches, have=have)
     if args.list:
@@ -79,7 +94,7 @@ def measure(args: argparse.Namespace, record: Record) -> int:
         "versions": {"swinq": swinq.__version__, **versions()},
     }
     record.begin(device_name(args.device), call)
-    deadline = started + 60 * args.minutes if args.minutes else None
+    deadline = None if args.minutes is None else started + 60 * args.minutes
 
     def add(row: dict[str, Any]) -> None:
         record.add(row)
@@ -104,8 +119,7 @@ def main() -> int:
         record = Record(args.json)
         if args.tables is None:
             return measure(args, record)
-        for page in args.tables:
-            console.say(f"{page}: {rewrite(page, renderers(record))} tables")
+        rewrite_all(args.tables, renderers(record), args.json, record.rows())
     except SwinqError as error:
         console.complain(str(error))
         return 2

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 from benchmarking.decoded import decoded
-from benchmarking.tables import grid, rewrite
+from benchmarking.tables import grid, rewrite_all
 from torch import Tensor
 
 from swinq import api, console
@@ -298,9 +298,9 @@ def main() -> int:
     args = parser().parse_args()
     try:
         if args.tables:
-            renderers = {"engine": lambda: engine_table(saved(args.json))}
-            for page in args.tables:
-                console.say(f"{page}: {rewrite(page, renderers)} tables")
+            results = saved(args.json)
+            renderers = {"engine": lambda: engine_table(results)}
+            rewrite_all(args.tables, renderers, args.json, results)
         elif args.decode:
             decode(args)
         else:

@@ -30,7 +30,7 @@ import torch
 from benchmarking import ours, work
 from benchmarking.cases import FORMS, MODELS, OURS, STREAM, Model, find_models
 from benchmarking.records import Record
-from benchmarking.tables import Renderer, grid, rewrite
+from benchmarking.tables import Renderer, grid, rewrite_all
 
 from swinq import console
 from swinq.errors import ConfigError, SwinqError
@@ -205,8 +205,7 @@ def main() -> int:
         if args.tables is None:
             measure(args, record)
             return 0
-        for page in args.tables:
-            console.say(f"{page}: {rewrite(page, renderers(record))} tables")
+        rewrite_all(args.tables, renderers(record), args.json, record.rows())
     except SwinqError as error:
         console.complain(str(error))
         return 2

@@ -19,7 +19,7 @@ from benchmarking.cases import BATCHES, FIRST, FORMS, MODELS, TUNED, Task, tasks
 from benchmarking.decoded import decoded
 from benchmarking.records import Record
 from benchmarking.schedule import run_all
-from benchmarking.tables import renderers, rewrite
+from benchmarking.tables import renderers, rewrite, rewrite_all
 from benchmarking.timing import Step
 from benchmarking.turn import Turn
 from benchmarking.worker import STOPPED
@@ -342,6 +342,33 @@ def test_a_table_with_wrong_arguments_is_refused(tmp_path: Path) -> None:
         page.write_text(f"<!-- table: {asked} -->\n<!-- end of table -->\n")
         with pytest.raises(ConfigError, match=f"'{asked}' is no table"):
             rewrite(page, renderers(Record(None)))
+
+
+def test_tables_of_no_results_leave_the_page_as_it_is(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("<!-- table: headline 32 -->\nmeasured\n<!-- end of table -->\n")
+    for options in ([], ["--json", str(tmp_path / "typo.json")]):
+        done = run_script("scripts/benchmark.py", *options, "--tables", str(page))
+        assert done.returncode == 2 and "holds no results" in done.stderr
+    assert "measured" in page.read_text()
+    record = Record(tmp_path / "good.json")
+    record.begin("NVIDIA H100", {})
+    record.add(row())
+    with pytest.raises(ConfigError, match=r"page\.txt: cannot be read"):
+        rewrite_all([tmp_path / "page.txt"], {}, record.path, record.rows())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--batches", "0"], "invalid positive value: '0'"),
+        (["--device", "cuda", "--json", "x.json"], "no GPU is visible"),
+        (["--json", "."], "is no record of this benchmark (IsADirectoryError"),
+    ],
+)
+def test_mistakes_in_the_command_are_named(options: list[str], said: str) -> None:
+    done = run_script("scripts/benchmark.py", *options)
+    assert done.returncode == 2 and said in done.stderr
 
 
 def test_every_table_of_the_pages_has_a_program_that_writes_it(repo_root: Path) -> None:

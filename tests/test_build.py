@@ -116,7 +116,8 @@ def build_wheel(
     program(
         folder / "tools" / "cmake",
         'echo "cmake $* SWINQ_STRICT=$SWINQ_STRICT" >> "$SWINQ_TEST_LOG"\nmkdir -p build/kernels\n'
-        "echo a library > build/kernels/libswinq.so\nexit ${SWINQ_TEST_STATUS:-0}",
+        "echo a library > build/kernels/libswinq.so\n"
+        "[[ $1 == --build ]] && exit ${SWINQ_TEST_BUILD:-0}\nexit ${SWINQ_TEST_CONFIGURE:-0}",
     )
     environment = {**os.environ, "SWINQ_TEST_LOG": str(folder / "log")}
     environment |= {"PATH": f"{folder / 'tools'}:/usr/bin:/bin", "CUDACXX": "", "CUDA_HOME": ""}
@@ -168,10 +169,23 @@ def test_editable_install_puts_the_engine_beside_the_code(tree: Path, tmp_path: 
     assert "-USWINQ_ARCHITECTURES" in (tmp_path / "log").read_text()
 
 
-def test_a_build_that_fails_fails_the_installation(tree: Path, tmp_path: Path) -> None:
-    done = build_wheel(tree, tmp_path, SWINQ_CUDA="1", SWINQ_TEST_STATUS="5")
-    assert done.returncode != 0
+@pytest.mark.parametrize("state", ["", "1"])
+def test_a_build_that_fails_fails_the_installation(tree: Path, tmp_path: Path, state: str) -> None:
+    done = build_wheel(tree, tmp_path, SWINQ_CUDA=state, SWINQ_TEST_BUILD="5")
+    assert done.returncode != 0 and "the CUDA engine does not compile" in done.stderr
     assert not list(tmp_path.glob("*.whl"))
+
+
+@pytest.mark.parametrize("kind", ["wheel", "editable"])
+def test_a_toolkit_that_cannot_build_it_is_done_without_unless_the_engine_is_demanded(
+    tree: Path, tmp_path: Path, kind: str
+) -> None:
+    done = build_wheel(tree, tmp_path, kind, SWINQ_TEST_CONFIGURE="5")
+    assert done.returncode == 0, done.stderr
+    assert "CMake cannot build the CUDA engine with this toolkit" in done.stdout + done.stderr
+    assert "swinq/int8/libswinq.so" not in names_in_wheel(tmp_path)[1]
+    done = build_wheel(tree, tmp_path / "demanded", SWINQ_CUDA="1", SWINQ_TEST_CONFIGURE="5")
+    assert done.returncode != 0 and "fix: install CUDA 12.5 or later" in done.stderr
 
 
 # ---- slow code is an error ----

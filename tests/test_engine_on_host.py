@@ -342,6 +342,7 @@ def test_a_damaged_file_is_refused(library: Library, tmp_path: Path) -> None:
         ("precision", "[]", "precision is a list, wanted an object"),
         ("transform", "{", "no JSON: a key is missing"),
         ("classes", "[1]", "neither a list of names nor null"),
+        ("classes", '["a", "b", "c"]', "3 class names for a head of 10 classes"),
         ("architecture", "{}", "architecture: missing key version"),
     ],
 )
@@ -423,6 +424,16 @@ def test_a_plan_names_what_is_wrong_with_a_model(library: Library) -> None:
     )
     refused("holds the scale -1", tensors={f"{qkv}.input_scale": torch.tensor(-1.0)})
     refused("wanted 0 or at least 2", tensors={f"{qkv}.input_scale": torch.tensor(1e-39)})
+    refused(
+        r"holds 1e\+30, wanted at most 16384",
+        tensors={f"{qkv}.input_scale": torch.tensor(1e30)},
+    )
+    refused(
+        r"norm.bias holds -1e\+30, wanted at most 1.1259e\+15",
+        tensors={"norm.bias": good["norm.bias"].clone().fill_(-1e30)},
+    )
+    refused("norm_eps is 0, wanted", norm_eps=0.0)
+    refused("mlp_ratio 1025, wanted more than 0 and at most 1024", mlp_ratio=1025.0)
     refused("'int8-unrounded', wanted int8 or fp16", precision={qkv: "int8-unrounded"})
     refused("1 of 21 layers are fp32", precision={qkv: "fp32"})
     refused("other: not a layer", precision={"other": "int8"})

@@ -11,7 +11,9 @@ namespace {
 constexpr int kMostOfAnything = 1 << 20;  // so that no product below leaves 64 bits
 constexpr int kChannelStep = 16;          // 16 bytes of int8 codes: what kernels load at once
 constexpr int kMostChannels = 1536;       // of a stage: what the rows of norms hold
-constexpr int kMostEmbedDim = 256;        // what patch embedding holds
+constexpr float kSmallestEps = 1.17549435e-38f;  // 2^-126: fp32 holds it with all its digits
+constexpr int kLargestMlpRatio = 1024;
+constexpr int kMostEmbedDim = 256;  // what patch embedding holds
 constexpr int kMostPatchPixels = 1 << 16;
 constexpr int kMostWindowsAcross = 255;  // of an image: their square is a limit of the grid
 
@@ -54,10 +56,10 @@ void validate_fields(const swinq_architecture& a) {
         require_between("depths", a.depths[i], 1, kMostOfAnything);
         require_between("num_heads", a.num_heads[i], 1, kMostOfAnything);
     }
-    if (!(a.norm_eps > 0) || !(a.mlp_ratio > 0) || !std::isfinite(a.norm_eps) ||
-        a.mlp_ratio > 1024) {
-        refuse(text("norm_eps ", a.norm_eps, " and mlp_ratio ", a.mlp_ratio,
-                    " must be positive and finite"),
+    if (!(a.norm_eps >= kSmallestEps && a.norm_eps <= 1) ||
+        !(a.mlp_ratio > 0 && a.mlp_ratio <= kLargestMlpRatio)) {
+        refuse(text("norm_eps is ", a.norm_eps, ", wanted ", kSmallestEps, " to 1, and mlp_ratio ",
+                    a.mlp_ratio, ", wanted more than 0 and at most ", kLargestMlpRatio),
                "the official models use norm_eps 1e-5 and mlp_ratio 4");
     }
     const int64_t patch = static_cast<int64_t>(a.in_chans) * a.patch_size;

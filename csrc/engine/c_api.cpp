@@ -104,6 +104,13 @@ swinq_status swinq_check_device(int device) {
     return guarded([&] { require_device(device); });
 }
 
+swinq_status swinq_check_architecture(const swinq_architecture* architecture) {
+    return guarded([&] {
+        require_pointer("architecture", architecture);
+        validate(*architecture);
+    });
+}
+
 swinq_status swinq_plan_create(const swinq_model* model, int device, swinq_plan** plan) {
     return swinq_plan_create_with_options(model, &kDefaults, device, plan);
 }

@@ -63,7 +63,7 @@ Json::Object object_in(const Metadata& metadata, const char* key) {
     return *object;
 }
 
-void require_classes(const Metadata& metadata) {
+void require_classes(const Metadata& metadata, int num_classes) {
     const Json json = Json::parse(metadata.at("classes"));
     const auto* names = json.get_if<Json::Array>();
     const bool all_texts =
@@ -72,6 +72,11 @@ void require_classes(const Metadata& metadata) {
         });
     if (json.get_if<std::nullptr_t>() == nullptr && !all_texts) {
         refuse("metadata: classes is neither a list of names nor null", kExportAgain);
+    }
+    if (names != nullptr && names->size() != static_cast<size_t>(num_classes)) {
+        refuse(text("metadata: ", names->size(), " class names for a head of ", num_classes,
+                    " classes"),
+               kExportAgain);
     }
 }
 
@@ -193,6 +198,10 @@ swinq_architecture architecture_in(const Metadata& metadata) {
                     " of pretrained_window_sizes for ", a.stages, " stages"),
                kExportAgain);
     }
+    if (a.version == 1 && std::any_of(pretrained, pretrained + windows, [](int w) { return w; })) {
+        refuse("architecture: pretrained_window_sizes are not all 0; version 1 has none",
+               kExportAgain);
+    }
     return a;
 }
 
@@ -285,10 +294,10 @@ void Checkpoint::read(int asked_mode) {
     const Metadata& metadata = file_.metadata();
     require_int8_format(file_);
     require_version_and_keys(metadata);
-    require_classes(metadata);
     object_in(metadata, "calibration");
     object_in(metadata, "transform");
     architecture_ = architecture_in(metadata);
+    require_classes(metadata, architecture_.num_classes);
     int8_mode_ = mode_in(metadata, asked_mode);
     const Json::Object table = object_in(metadata, "precision");
     layer_names_.reserve(table.size());  // layers_ points at the names

@@ -25,7 +25,7 @@ struct Layer {
 struct TensorSpec {
     swinq_type type;
     std::vector<std::vector<int64_t>> shapes;
-    bool is_scale;  // not negative; 0 or at least 2^-126
+    bool is_scale;  // 0, or from 2^-126 to 2^14
 };
 
 using PrecisionTable = std::map<std::string, swinq_precision>;

@@ -11,6 +11,10 @@ namespace swinq {
 namespace {
 
 constexpr float kSmallestScale = 1.17549435e-38f;  // 2^-126: fp32 holds 1/scale down to here
+// Up to here no product of scales, no sum and no square of an output leaves fp32: codes have no
+// infinity, so an overflow would not be seen.
+constexpr float kLargestScale = 16384.0f;             // 2^14
+constexpr float kLargestNumber = 1125899906842624.f;  // 2^50
 constexpr const char* kExportAgain = "export the model again; these tensors cannot be repaired";
 
 template <typename Entry>
@@ -112,11 +116,20 @@ void require_sound(const std::string& name, const swinq_tensor& tensor, bool is_
     if (const int64_t bad = count_non_finite(tensor)) {
         refuse(text(name, ": ", bad, " of ", count, " values are NaN or infinite"), kExportAgain);
     }
-    if (!is_scale) {
+    if (tensor.type == SWINQ_HALF) {
         return;
     }
     const auto* p = static_cast<const float*>(tensor.data);
+    const float largest = is_scale ? kLargestScale : kLargestNumber;
     for (int64_t i = 0; i < count; ++i) {
+        if (std::fabs(p[i]) > largest) {
+            refuse(text(name, " holds ", p[i], ", wanted at most ", largest,
+                        " for it to stay within fp32"),
+                   kExportAgain);
+        }
+        if (!is_scale) {
+            continue;
+        }
         if (p[i] < 0 || (p[i] != 0 && p[i] < kSmallestScale)) {
             refuse(text(name, " holds the scale ", p[i], ", wanted 0 or at least 2^-126"),
                    kExportAgain);

@@ -26,9 +26,13 @@ using File = std::unique_ptr<std::FILE, CloseFile>;
 
 uint64_t size_of_file(const std::string& path, std::FILE* file) {
     struct stat status;
-    if (file == nullptr || fstat(fileno(file), &status) != 0 || !S_ISREG(status.st_mode)) {
-        const int error = file == nullptr || errno != 0 ? errno : EISDIR;
-        refuse(text(path, ": cannot be read (", std::strerror(error), ")"), kGiveExported);
+    if (file == nullptr || fstat(fileno(file), &status) != 0) {
+        refuse(text(path, ": cannot be read (", std::strerror(errno), ")"), kGiveExported);
+    }
+    if (!S_ISREG(status.st_mode)) {
+        refuse(text(path, ": cannot be read (",
+                    S_ISDIR(status.st_mode) ? std::strerror(EISDIR) : "not a regular file", ")"),
+               kGiveExported);
     }
     return static_cast<uint64_t>(status.st_size);
 }

@@ -96,6 +96,9 @@ SWINQ_API const char* swinq_last_error(void);
 /* SWINQ_OK if kernels exist for the device: compute capability 7.5 or later. */
 SWINQ_API swinq_status swinq_check_device(int device);
 
+/* SWINQ_OK if a plan of such a model could be made, given its tensors: before they are. */
+SWINQ_API swinq_status swinq_check_architecture(const swinq_architecture* architecture);
+
 /* Everything is checked before anything is copied: names, types, shapes, sizes that kernels exist
  * for. Allocates the weights on `device`. */
 SWINQ_API swinq_status swinq_plan_create(const swinq_model* model, int device, swinq_plan** plan);

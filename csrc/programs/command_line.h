@@ -60,7 +60,8 @@ int run_main(const char* usage, Body body) {
         std::fprintf(stderr, "error: %s\n%s", error.what(), usage);
         return 2;
     } catch (const std::bad_alloc&) {
-        std::fprintf(stderr, "error: out of host memory\n  fix: use a smaller batch\n");
+        std::fprintf(stderr,
+                     "error: out of host memory\n  fix: use a smaller batch, image or window\n");
         return 1;
     } catch (const std::exception& error) {
         std::fprintf(stderr, "error: %s\n", error.what());

@@ -34,6 +34,20 @@ void test_mistakes() {
                  "path is null");
     check_status(swinq_plan_create_dequantized("/no/such", 0, &plan), SWINQ_INVALID_ARGUMENT,
                  "cannot be read");
+    check_status(swinq_check_architecture(nullptr), SWINQ_INVALID_ARGUMENT, "architecture is null");
+    swinq_architecture wide = {};
+    wide.version = wide.window_size = wide.num_classes = 1;
+    wide.in_chans = 3;
+    wide.img_size = wide.patch_size = 4;
+    wide.stages = wide.depths[0] = 1;
+    wide.num_heads[0] = 64;
+    wide.embed_dim = 2048;
+    wide.mlp_ratio = 4;
+    wide.norm_eps = 1e-5f;
+    check_status(swinq_check_architecture(&wide), SWINQ_UNSUPPORTED, "up to 256 channels");
+    wide.embed_dim = 64;
+    wide.num_heads[0] = 2;
+    check(swinq_check_architecture(&wide) == SWINQ_OK, "a narrow model can be");
     check_status(swinq_int8_layer_count(nullptr, &count), SWINQ_INVALID_ARGUMENT, "plan is null");
     swinq_plan_destroy(nullptr);
 

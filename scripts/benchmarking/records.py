@@ -35,7 +35,7 @@ class Record:
                 read = json.loads(path.read_text())
                 self.device, self.calls = read["device"], read["calls"]
                 self._rows = {key(row): row for row in read["rows"]}
-            except (ValueError, KeyError, TypeError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 raise ConfigError(
                     f"{path} is no record of this benchmark ({type(error).__name__}: {error})",
                     "name another file, or remove this one",

@@ -7,12 +7,13 @@ what stands between them is replaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sized
 from pathlib import Path
 from typing import Any
 
 from benchmarking.cases import BATCHES, FORMS, MODELS
 from benchmarking.records import Record
+from swinq import console
 from swinq.errors import ConfigError
 
 _PLACE = re.compile(r"<!-- table: ([^>]*?) -->\n.*?<!-- end of table -->", re.DOTALL)
@@ -22,13 +23,33 @@ INT8 = ("swinq-int8-1", "swinq-int8-2")
 Renderer = Callable[..., list[str]]
 
 
+def rewrite_all(
+    pages: Iterable[Path], renderers: Mapping[str, Renderer], path: Path | None, results: Sized
+) -> None:
+    """Replace the tables of several pages by those of the results that a file holds.
+
+    Raises:
+        ConfigError: there are no results, or see `rewrite`.
+    """
+    if not len(results):
+        raise ConfigError(
+            f"{path or 'no file'} holds no results, and would leave the tables empty",
+            "name the file that holds them: --json FILE",
+        )
+    for page in pages:
+        console.say(f"{page}: {rewrite(page, renderers)} tables")
+
+
 def rewrite(path: Path, renderers: Mapping[str, Renderer]) -> int:
     """Replace the tables of a page that have a renderer; the number of them.
 
     Raises:
-        ConfigError: arguments that the renderer does not take.
+        ConfigError: the page cannot be read, or arguments that the renderer does not take.
     """
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})", "name a page") from error
     count = 0
 
     def replaced(match: re.Match[str]) -> str:

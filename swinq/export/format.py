@@ -39,6 +39,10 @@ UNROUNDED_IN_MODE_2 = ("fc2", "reduction")
 
 # fp32 holds 1/scale down to here; below, an amax counts as zero and so does its stored scale.
 SMALLEST_SCALE = 2.0**-126
+# Far beyond what a trained model has. Up to here no product of scales, no sum and no square of an
+# output leaves fp32: codes have no infinity, so an overflow would not be seen.
+LARGEST_SCALE = 2.0**14
+LARGEST_NUMBER = 2.0**50
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class TensorSpec:
 
     dtype: torch.dtype
     shapes: tuple[tuple[int, ...], ...]  # any one of them
-    is_scale: bool = False  # finite and not negative; zero or at least SMALLEST_SCALE
+    is_scale: bool = False  # zero, or from SMALLEST_SCALE to LARGEST_SCALE
 
     def __str__(self) -> str:
         return f"{dtype_name(self.dtype)} {' or '.join(str(list(s)) for s in self.shapes)}"

@@ -16,11 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from swinq.errors import CheckpointError, SwinqError
+from swinq.errors import CheckpointError, ConfigError, SwinqError
 from swinq.export.format import (
     FORMAT,
     FORMAT_VERSION,
     JSON_KEYS,
+    LARGEST_NUMBER,
+    LARGEST_SCALE,
     MODES,
     PLAIN_KEYS,
     SMALLEST_SCALE,
@@ -72,8 +74,14 @@ def read_checkpoint(
     Raises:
         CheckpointError: the file is missing, damaged, of another kind, newer than this reader, or
             contradicts itself or the caller.
+        ConfigError: `int8_mode` is none.
     """
     path = Path(path)
+    if int8_mode not in (None, *MODES):
+        raise ConfigError(
+            f"int8_mode is {int8_mode!r}, wanted 1 or 2",
+            "leave it out to run the file as it is",
+        )
     with _opened(path) as file:
         names = list(file.keys())
         metadata = dict(file.metadata() or {})
@@ -81,6 +89,7 @@ def read_checkpoint(
         fields = _decoded(path, metadata)
         arch = _architecture(path, fields["architecture"], len(names))
         mode = _mode(path, metadata["int8_mode"], int8_mode)
+        _require_a_class_each(path, fields["classes"], arch)
         if architecture is not None:
             _require_same_architecture(path, arch, architecture)
         precision = _precision(path, arch, fields["precision"], mode)
@@ -227,6 +236,15 @@ def _architecture(path: Path, fields: dict[str, Any], tensors: int) -> Architect
     return arch
 
 
+def _require_a_class_each(path: Path, classes: list[str] | None, arch: Architecture) -> None:
+    if classes is not None and len(classes) != arch.num_classes:
+        raise CheckpointError(
+            f"{path}: metadata: {len(classes)} class names for a head of {arch.num_classes} "
+            "classes",
+            _EXPORT_AGAIN,
+        )
+
+
 def _mode(path: Path, text: str, asked: int | None) -> int:
     if text not in map(str, MODES):
         raise CheckpointError(
@@ -314,9 +332,16 @@ def _require_sound(path: Path, name: str, tensor: torch.Tensor, spec: TensorSpec
         raise CheckpointError(
             f"{path}: {name}: {bad} of {tensor.numel()} values are NaN or infinite", _EXPORT_AGAIN
         )
+    low, high = map(float, tensor.aminmax())
+    largest = LARGEST_SCALE if spec.is_scale else LARGEST_NUMBER
+    if max(-low, high) > largest:
+        raise CheckpointError(
+            f"{path}: {name} holds {high if high > largest else low:g}, wanted at most "
+            f"{largest:g} for it to stay within fp32",
+            _EXPORT_AGAIN,
+        )
     if not spec.is_scale:
         return
-    low = float(tensor.min())
     if low < 0:
         raise CheckpointError(
             f"{path}: {name} holds {low:g}; a scale is not negative", _EXPORT_AGAIN

@@ -9,6 +9,7 @@ import torch
 
 VERSION = 3  # of the ABI
 MAX_STAGES = 8  # that swinq_architecture holds
+LARGEST_INT = 2**31 - 1  # what an int of C holds; ctypes cuts the rest off in silence
 
 OK, INVALID_ARGUMENT, UNSUPPORTED, OUT_OF_MEMORY, CUDA_ERROR, INTERNAL_ERROR = range(6)
 

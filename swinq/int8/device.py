@@ -34,13 +34,20 @@ def require(device: str | torch.device) -> torch.device:
 
 
 def require_present(device: str | torch.device) -> None:
-    """Refuse a name that is no device's, and a GPU that PyTorch does not see.
+    """Refuse a name that is no device's, and a device that PyTorch cannot use.
 
     Raises:
         ConfigError: no such device, or a GPU where none, or none of that number, is visible.
     """
     device = _parsed(device)
     if device.type != "cuda":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+            raise ConfigError(
+                f"device {device}: PyTorch cannot use it here ({str(error).splitlines()[0]})",
+                "use device 'cpu'",
+            ) from error
         return
     if not torch.cuda.is_available():
         raise ConfigError(f"device {device}: no GPU is visible to PyTorch", "use device 'cpu'")
@@ -54,7 +61,7 @@ def require_present(device: str | torch.device) -> None:
 def _parsed(device: str | torch.device) -> torch.device:
     try:
         return torch.device(device)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device {device!r} is not known", "use cpu, cuda or cuda:N") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from swinq.errors import DataError
@@ -12,8 +13,13 @@ def require_images(images: Tensor, arch: Architecture) -> None:
     """Refuse a tensor that is no batch of images of this model.
 
     Raises:
-        DataError: another shape than (B, in_chans, S, S), or not floating point.
+        DataError: no dense tensor, another shape than (B, in_chans, S, S), or not floating point.
     """
+    if not isinstance(images, Tensor) or images.layout != torch.strided:
+        kind = images.layout if isinstance(images, Tensor) else type(images).__name__
+        raise DataError(
+            f"the images are a {kind}, wanted a dense tensor", "stack them: torch.stack(images)"
+        )
     want = (arch.in_chans, arch.img_size, arch.img_size)
     if images.dim() != 4 or tuple(images.shape[1:]) != want:
         raise DataError(

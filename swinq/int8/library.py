@@ -39,7 +39,8 @@ class Library:
             raise EngineError(f"{path}: no such file, wanted the engine libswinq.so", _fix())
         try:
             _require_whole(path)
-            self._handle = ctypes.CDLL(str(path))
+            # absolute: a name without a slash would be looked for where the system's libraries are
+            self._handle = ctypes.CDLL(str(path.absolute()))
         except OSError as error:
             raise EngineError(f"{path}: cannot be loaded ({error})", _fix()) from error
         self._require_abi()

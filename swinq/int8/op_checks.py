@@ -29,6 +29,11 @@ def require(
     Raises:
         EngineError: names the tensor, what it is and what was wanted.
     """
+    if any(size > abi.LARGEST_INT for size in tensor.shape):
+        raise EngineError(
+            f"{name} is {list(tensor.shape)}, and kernels count up to {abi.LARGEST_INT}",
+            "split the batch",
+        )
     same = len(tensor.shape) == len(shape) and all(
         want in (None, size) for size, want in zip(tensor.shape, shape, strict=True)
     )
@@ -95,6 +100,10 @@ def require_attention(
     require("bias", bias, torch.float32, (None,), qkv.device)
     require_vectors(factor.numel(), qkv.device, factor=factor)
     require_map(len(qkv), resolution, window)
+    if not factor.numel():
+        raise EngineError(
+            "factor is empty, wanted a number for each head", "pass those of one head or more"
+        )
     if not 0 <= shift < window:
         raise EngineError(
             f"shift is {shift}, wanted 0 to {window - 1}", "0 is none; Swin's is half a window"
@@ -105,6 +114,13 @@ def require_attention(
             f"{window} x {window} tokens",
             "pack it with torch.ops.swinq.pack_attention_bias(table, window)",
         )
+
+
+def require_table(table: Tensor, window: int) -> None:
+    """Refuse a relative position bias table of other windows."""
+    if window < 1:
+        raise EngineError(f"window is {window}, wanted at least 1", "pass tokens along one side")
+    require("table", table, torch.float32, ((2 * window - 1) ** 2, None))
 
 
 def require_map(tokens: int, resolution: int, step: int) -> None:

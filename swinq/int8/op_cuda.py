@@ -80,7 +80,7 @@ def attention_bias_size(window: int, heads: int) -> tuple[int, int]:
 
 def pack_attention_bias(table: Tensor, window: int) -> Tensor:
     """((2W-1)^2, heads) -> the table by heads, then its expansion; waits for the device."""
-    checks.require("table", table, torch.float32, ((2 * window - 1) ** 2, None))
+    checks.require_table(table, window)
     heads = table.shape[1]
     held, expanded = attention_bias_size(window, heads)
     packed = torch.zeros(held + expanded)

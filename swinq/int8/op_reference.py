@@ -78,7 +78,7 @@ def gemm_int8_residual(
 
 def pack_attention_bias(table: Tensor, window: int) -> Tensor:
     """A relative position bias table ((2W-1)^2, heads) fp32 as `window_attention_int8` reads it."""
-    checks.require("table", table, torch.float32, ((2 * window - 1) ** 2, None))
+    checks.require_table(table, window)
     return table.t().contiguous().view(-1).clone()
 
 
@@ -108,6 +108,7 @@ def window_attention_int8(
     checks.require_attention(qkv, bias, factor, resolution, window, shift)
     checks.require_vectors(len(factor) * checks.HEAD_DIM, qkv.device, out_inverse=out_inverse)
     heads = len(factor)
+    checks.require_vectors(heads * (2 * window - 1) ** 2, qkv.device, bias=bias)
     windows = Windows(resolution, window, shift, bias.view(heads, -1).t())
     images = qkv.float().view(-1, resolution**2, 3 * heads * checks.HEAD_DIM)
     q, k, v = reference.split_heads(windows.gather(images), heads)

@@ -74,8 +74,7 @@ class Plan:
         Raises:
             EngineError: more images than kernels can count, or fewer than none.
         """
-        if not 0 <= batch < 1 << 31:  # ctypes would cut it to a C int in silence
-            raise EngineError(f"a batch of {batch} images", "give 0 to 2147483647, or split it")
+        _require_batch(batch)
         size = ctypes.c_size_t()
         self.library.workspace_size(self._handle, batch, ctypes.byref(size))
         return size.value
@@ -100,7 +99,12 @@ class Plan:
         return size.value
 
     def launches(self, batch: int) -> int:
-        """Kernels that a forward of so many images launches."""
+        """Kernels that a forward of so many images launches.
+
+        Raises:
+            EngineError: as `workspace_size`.
+        """
+        _require_batch(batch)
         count = ctypes.c_int()
         self.library.launch_count(self._handle, batch, ctypes.byref(count))
         return count.value
@@ -149,7 +153,18 @@ def _tensor(name: str, tensor: Tensor) -> abi.TensorStruct:
     return abi.TensorStruct(name.encode(), kind, tensor.ndim, shape, tensor.data_ptr())
 
 
+def _require_batch(batch: int) -> None:
+    if not isinstance(batch, int) or not 0 <= batch <= abi.LARGEST_INT:
+        raise EngineError(f"a batch of {batch} images", f"give 0 to {abi.LARGEST_INT}, or split it")
+
+
 def _architecture(arch: Architecture) -> abi.ArchitectureStruct:
+    for name, value in arch.to_dict().items():
+        if max(value if isinstance(value, list) else [value]) > abi.LARGEST_INT:
+            raise EngineError(
+                f"{name} is {value}, and the CUDA engine counts up to {abi.LARGEST_INT}",
+                f"correct {name}",
+            )
     if len(arch.depths) > abi.MAX_STAGES:
         raise EngineError(
             f"the model has {len(arch.depths)} stages, the CUDA engine runs up to {abi.MAX_STAGES}",

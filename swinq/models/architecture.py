@@ -11,6 +11,9 @@ from typing import Any
 
 from swinq.errors import ConfigError
 
+SMALLEST_EPS = 2.0**-126  # what fp32 holds with all its digits
+LARGEST_MLP_RATIO = 1024
+
 
 @dataclass(frozen=True)
 class Stage:
@@ -111,9 +114,10 @@ class Architecture:
                 f"pretrained_window_sizes is {self.pretrained_window_sizes}; version 1 has none",
                 "leave them 0, or set MODEL.TYPE to swinv2",
             )
-        if not self.norm_eps > 0 or not self.mlp_ratio > 0:
+        if not SMALLEST_EPS <= self.norm_eps <= 1 or not 0 < self.mlp_ratio <= LARGEST_MLP_RATIO:
             raise ConfigError(
-                f"norm_eps {self.norm_eps} and mlp_ratio {self.mlp_ratio} must be positive",
+                f"norm_eps is {self.norm_eps}, wanted {SMALLEST_EPS:g} to 1, and mlp_ratio "
+                f"{self.mlp_ratio}, wanted more than 0 and at most {LARGEST_MLP_RATIO}",
                 "the official models use norm_eps 1e-5 and mlp_ratio 4",
             )
         if self.img_size % self.patch_size:

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from swinq.errors import CheckpointError
+from swinq.errors import CheckpointError, ConfigError
 from swinq.export.format import encode
 from swinq.export.integrity import digests
 from swinq.export.reader import is_int8_checkpoint, read_checkpoint
@@ -169,6 +169,27 @@ REFUSALS = {
     "infinite norm": (poke("norm.weight", float("inf")), "norm.weight: 1 of 64", "export"),
     "negative scale": (poke(f"{QKV}.weight_scale", -0.5), "holds -0.5", "export"),
     "scale too small to invert": (poke(f"{QKV}.input_scale", 1e-39), "below 1.17549e-38", "export"),
+    "scale whose products overflow": (
+        poke(f"{QKV}.weight_scale", 1e30),
+        "holds 1e+30, wanted at most 16384",
+        "export",
+    ),
+    "number whose square overflows": (
+        poke("norm.weight", -1e30),
+        "norm.weight holds -1e+30, wanted at most 1.1259e+15",
+        "export",
+    ),
+    "more hidden channels than there are numbers": (
+        architecture(mlp_ratio=1e308),
+        "mlp_ratio 1e+308, wanted more than 0 and at most 1024",
+        "export",
+    ),
+    "eps that fp32 has not": (architecture(norm_eps=1e-60), "norm_eps is 1e-60", "export"),
+    "names of some classes": (
+        meta("classes", '["a", "b", "c"]'),
+        "3 class names for a head of",
+        "export",
+    ),
     "float model": (without_metadata, "format is 'not given', wanted 'swinq-int8'", "--calib"),
     "calibrated model": (calibrated, "calibrated checkpoint with fake quantizers", "--export"),
     "other format": (meta("format", "pt"), "format is 'pt', wanted 'swinq-int8'", "--calib"),
@@ -235,6 +256,12 @@ def test_other_mode_than_asked_for_is_refused(tmp_path: Path, written: int, aske
     error = refused(path, int8_mode=asked)
     assert f"int8 mode {written}, int8 mode {asked} was asked for" in error.problem
     assert f"--int8-mode {asked}" in error.fix
+
+
+@pytest.mark.parametrize("asked", [0, 3, "1"])
+def test_a_mode_that_does_not_exist_is_refused(good: Path, asked: Any) -> None:
+    with pytest.raises(ConfigError, match=f"int8_mode is {asked!r}, wanted 1 or 2"):
+        read_checkpoint(good, int8_mode=asked)
 
 
 def test_other_architecture_than_asked_for_is_refused(good: Path) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from swinq.int8 import choice, engine
 from swinq.int8 import device as devices
 from swinq.int8.engine import CudaSwin, Graph
 from swinq.int8.model import Int8Swin
+from swinq.int8.plan import _architecture
 from tests.export.calibrated_model import lively_model
 from tests.int8 import fake_engine
 from tests.int8.made_checkpoint import (
@@ -76,10 +78,12 @@ def test_every_floating_type_and_layout_is_read(fake: CudaSwin) -> None:
         (torch.zeros(3, 32, 32), r"wants images \(batch, 3, 32, 32\), got a tensor \(3, 32, 32\)"),
         (torch.zeros(1, 3, 32, 64), r"got a tensor \(1, 3, 32, 64\)"),
         (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), r"torch\.uint8, wanted floating point"),
+        (torch.zeros(1, 3, 32, 32).to_sparse(), "are a torch.sparse_coo, wanted a dense tensor"),
+        ([torch.zeros(3, 32, 32)], "are a list, wanted a dense tensor"),
     ],
 )
 def test_wrong_images_are_refused_in_the_words_of_the_reference(
-    fake: CudaSwin, bad: Tensor, said: str
+    fake: CudaSwin, bad: Any, said: str
 ) -> None:
     for model in (fake, Int8Swin(made_checkpoint(fake.arch))):
         with pytest.raises(DataError, match=said):
@@ -151,6 +155,14 @@ def test_a_larger_workspace_is_made_when_the_old_one_is_gone(
 def test_a_batch_that_no_c_int_holds_is_refused(fake: CudaSwin, batch: int) -> None:
     with pytest.raises(EngineError, match=f"a batch of {batch} images"):
         fake.plan.workspace_size(batch)
+    with pytest.raises(EngineError, match=f"a batch of {batch} images"):
+        fake.plan.launches(batch)
+
+
+def test_a_size_that_no_c_int_holds_is_refused() -> None:
+    arch = made_architecture(img_size=2**32 + 32)
+    with pytest.raises(EngineError, match="img_size is 4294967328, and the CUDA engine counts up"):
+        _architecture(arch)
 
 
 def test_graph_holds_its_images_and_keeps_no_workspace_here(fake: CudaSwin) -> None:
@@ -161,10 +173,11 @@ def test_graph_holds_its_images_and_keeps_no_workspace_here(fake: CudaSwin) -> N
 
 
 @pytest.mark.parametrize(
-    ("batch", "dtype"), [(0, torch.float32), (-1, torch.float16), (2, torch.bfloat16)]
+    ("batch", "dtype"),
+    [(0, torch.float32), (-1, torch.float16), (1.5, torch.float16), (2, torch.bfloat16)],
 )
 def test_graph_of_what_no_kernel_reads_is_refused(
-    fake: CudaSwin, batch: int, dtype: torch.dtype
+    fake: CudaSwin, batch: Any, dtype: torch.dtype
 ) -> None:
     with pytest.raises(DataError, match=f"of {batch} images of {dtype}") as caught:
         fake.graph(batch, dtype)
@@ -325,10 +338,15 @@ def test_choice_does_not_hide_that_the_gpu_failed(monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("kind", ["int8", "float"])
 @pytest.mark.parametrize(
     ("device", "words"),
-    [("cuda", "no GPU is visible"), ("gpu0", "'gpu0' is not known")],
+    [
+        ("cuda", "no GPU is visible"),
+        ("gpu0", "'gpu0' is not known"),
+        ("mps", "mps: PyTorch cannot use it here"),
+        (None, "None is not known"),
+    ],
 )
 def test_a_device_that_is_not_there_is_named(
-    kind: str, device: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, device: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     path = (

@@ -35,6 +35,14 @@ def test_variable_names_the_library_and_the_module_lies_beside_the_default(
     assert reason() == f"{fake.parent}/libswinq.so: no such file, wanted the engine libswinq.so"
 
 
+def test_a_name_is_looked_for_in_the_current_folder(
+    fake: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not where the system's libraries are, as the loader would."""
+    monkeypatch.chdir(fake.parent)
+    assert Library(Path(fake.name)).version == "fake"
+
+
 def test_missing_library_is_named_with_the_way_to_get_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

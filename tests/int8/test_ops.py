@@ -257,6 +257,18 @@ def refusals() -> dict[str, tuple[Callable[[], Any], str]]:
             lambda: op.window_attention_int8(qkv, bias_packed, f, v, r, 8, 0),
             "bias holds 98 floats, too few for 2 heads",
         ),
+        "bias of more windows": (
+            lambda: op.window_attention_int8(qkv, torch.zeros(100), f, v, r, w, 0),
+            r"bias is torch.float32 \[100\] on cpu, wanted torch.float32 \[98\]",
+        ),
+        "no heads": (
+            lambda: op.window_attention_int8(qkv[:, :, :0], bias_packed, f[:0], v, r, w, 0),
+            "factor is empty, wanted a number for each head",
+        ),
+        "window of no tokens": (
+            lambda: op.pack_attention_bias(table, -3),
+            "window is -3, wanted at least 1",
+        ),
         "odd map to merge": (
             lambda: op.layernorm_quantize(x[:, :49].contiguous(), g, b, i, e, 7, True),
             "49 tokens are not whole maps",

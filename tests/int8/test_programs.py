@@ -197,6 +197,12 @@ def test_the_largest_gemm_must_fit_before_any_is_tuned(tmp_path: Path) -> None:
     assert ran.stdout == ""  # not even the head of the table
 
 
+def test_a_model_that_no_kernel_has_is_refused_before_its_weights_are_made(tmp_path: Path) -> None:
+    """They would take many gigabytes."""
+    ran = run("swin_gemm", 1, 224, 7, 1024, 32, 1, 1, SWINQ_CACHE_DIR=tmp_path)
+    refused(ran, "embed_dim 32768", "use a narrower model")
+
+
 @pytest.mark.parametrize("is_int8", [0, 1])
 def test_every_gemm_gets_a_tile(tmp_path: Path, is_int8: int) -> None:
     ran = run("swin_gemm", *GEMM, is_int8, SWINQ_CACHE_DIR=tmp_path)
