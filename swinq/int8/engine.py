@@ -121,6 +121,8 @@ class CudaSwin:
     def graph(self, batch: int, dtype: torch.dtype = torch.float32) -> Graph:
         """A CUDA graph of the forward of so many images of fp16 or fp32.
 
+        While it is captured no other thread may allocate GPU memory, or CUDA ends the capture.
+
         Raises:
             DataError: no images, or of another type.
         """
