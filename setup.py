@@ -10,19 +10,20 @@ SWINQ_TESTS=1        also the programs and tests of csrc/; then spilled register
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
-from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "kernels"
 USUAL_CUDA = Path("/usr/local/cuda")
+OLDEST_CUDA = (12, 5)  # csrc/CMakeLists.txt says so too
 
 
 def find_nvcc(environment: Mapping[str, str], usual: Path = USUAL_CUDA) -> Path | None:
@@ -36,10 +37,27 @@ def find_nvcc(environment: Mapping[str, str], usual: Path = USUAL_CUDA) -> Path 
     return None
 
 
+def cuda_of(nvcc: Path) -> tuple[int, int] | None:
+    """The CUDA release of an nvcc; None if it does not say one."""
+    try:
+        said = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    release = re.search(r"release (\d+)\.(\d+)", said.stdout)
+    return (int(release[1]), int(release[2])) if release else None
+
+
 def reason_against(
-    environment: Mapping[str, str], nvcc: Path | None, cmake: str | None
+    environment: Mapping[str, str],
+    nvcc: Path | None,
+    cmake: str | None,
+    release_of: Callable[[Path], tuple[int, int] | None] = cuda_of,
 ) -> str | None:
     """Why the engine is not built, in words; None where it is.
+
+    Args:
+        nvcc, cmake: the tools that were found.
+        release_of: the CUDA release of an nvcc.
 
     Raises:
         SystemExit: it is demanded and cannot be built, or SWINQ_CUDA is none of the three.
@@ -54,8 +72,15 @@ def reason_against(
         missing = f"no nvcc in CUDACXX, CUDA_HOME, CUDA_PATH, PATH or {USUAL_CUDA}"
     elif cmake is None:
         missing = "no cmake in PATH"
+    else:
+        release = release_of(nvcc)
+        if release is None or release < OLDEST_CUDA:
+            of = f"of CUDA {release[0]}.{release[1]}" if release else "that does not run"
+            missing = f"only {nvcc} {of}, wanted 12.5 or later"
     if missing and wanted == "1":
-        tool = "the CUDA toolkit 12.5 or later (no GPU is needed)" if nvcc is None else "cmake"
+        tool = (
+            "cmake" if "cmake" in missing else "the CUDA toolkit 12.5 or later (no GPU is needed)"
+        )
         raise SystemExit(
             f"swinq: SWINQ_CUDA=1 demands the CUDA engine, but there is {missing}\n"
             f"  fix: install {tool}, or unset SWINQ_CUDA to do without the engine"
@@ -86,20 +111,14 @@ class BuildEngine(build_ext):
             configure.append("-DSWINQ_TESTS=ON")
         else:
             build += ["--target", "swinq"]
-        target = Path(self.get_ext_fullpath(ext.name))
-        if not self.inplace:
-            target.unlink(missing_ok=True)  # an earlier one would go into the wheel if this fails
-        if subprocess.run(configure, check=False).returncode:
-            why = "CMake cannot build the CUDA engine with this toolkit, see its words above"
-            if os.environ.get("SWINQ_CUDA") == "1":
-                raise SystemExit(
-                    f"swinq: {why}\n  fix: install CUDA 12.5 or later and name its folder in "
-                    "CUDA_HOME, or unset SWINQ_CUDA to do without the engine"
-                )
-            raise CompileError(why)  # setuptools warns, and goes on without an optional extension
         environment = os.environ | {"SWINQ_STRICT": str(int(strict))}
-        if subprocess.run(build, check=False, env=environment).returncode:
-            raise SystemExit("swinq: the CUDA engine does not compile, see above")
+        for command in (configure, build):
+            if subprocess.run(command, check=False, env=environment).returncode:
+                raise SystemExit(
+                    "swinq: the CUDA engine does not compile, see above\n"
+                    "  fix: mend that, or set SWINQ_CUDA=0 to do without the engine"
+                )
+        target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
         shutil.copy(BUILD / "libswinq.so", partial)
@@ -121,7 +140,7 @@ def main() -> None:
     if against:
         print(f"swinq: the CUDA engine is not built: {against}")
     setup(
-        ext_modules=[] if against else [Extension("swinq.int8.libswinq", [], optional=True)],
+        ext_modules=[] if against else [Extension("swinq.int8.libswinq", sources=[])],
         cmdclass={"build_ext": BuildEngine, "bdist_wheel": PlatformWheel},
     )
 

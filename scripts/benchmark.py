@@ -81,7 +81,6 @@ def positive(text: str) -> int:
 def measure(args: argparse.Namespace, record: Record) -> int:
     """Measure what is asked for and not yet in the record."""
     started = time.monotonic()
-    require_present(args.device)
     have = set() if args.again else record.measured()
     todo = tasks(find_models(args.models), args.peers, args.ours, args.batches, have=have)
     if args.list:
@@ -89,6 +88,7 @@ def measure(args: argparse.Namespace, record: Record) -> int:
             batches = ", ".join(map(str, task.batches))
             console.say(f"{task.model}: {', '.join(task.forms)} at batch {batches}")
         return 0
+    require_present(args.device)
     call = {
         "command": shlex.join(["python", "scripts/benchmark.py", *sys.argv[1:]]),
         "versions": {"swinq": swinq.__version__, **versions()},

@@ -65,7 +65,8 @@ NVCC, CMAKE = Path("/opt/cuda/bin/nvcc"), "/usr/bin/cmake"
 
 @pytest.mark.parametrize("state", ["", "1"])
 def test_engine_is_built_where_the_tools_are(state: str) -> None:
-    assert setup.reason_against({"SWINQ_CUDA": state}, NVCC, CMAKE) is None
+    assert setup.reason_against({"SWINQ_CUDA": state}, NVCC, CMAKE, lambda nvcc: (12, 5)) is None
+    assert setup.reason_against({"SWINQ_CUDA": state}, NVCC, CMAKE, lambda nvcc: (13, 0)) is None
 
 
 def test_zero_skips_the_engine_even_where_the_tools_are() -> None:
@@ -75,6 +76,9 @@ def test_zero_skips_the_engine_even_where_the_tools_are() -> None:
 def test_unset_says_what_is_missing() -> None:
     assert "no nvcc in CUDACXX, CUDA_HOME" in setup.reason_against({}, None, CMAKE)
     assert setup.reason_against({}, NVCC, None) == "no cmake in PATH"
+    old = setup.reason_against({}, NVCC, CMAKE, lambda nvcc: (12, 4))
+    assert old == f"only {NVCC} of CUDA 12.4, wanted 12.5 or later"
+    assert "that does not run" in setup.reason_against({}, NVCC, CMAKE)  # it is not there
 
 
 def test_one_fails_with_what_is_missing_and_the_fix() -> None:
@@ -82,6 +86,8 @@ def test_one_fails_with_what_is_missing_and_the_fix() -> None:
         setup.reason_against({"SWINQ_CUDA": "1"}, None, CMAKE)
     with pytest.raises(SystemExit, match=r"no cmake(.|\n)*fix: install cmake"):
         setup.reason_against({"SWINQ_CUDA": "1"}, NVCC, None)
+    with pytest.raises(SystemExit, match=r"of CUDA 11\.8(.|\n)*fix: install the CUDA toolkit 12.5"):
+        setup.reason_against({"SWINQ_CUDA": "1"}, NVCC, CMAKE, lambda nvcc: (11, 8))
 
 
 def test_another_value_is_refused() -> None:
@@ -112,7 +118,9 @@ def build_wheel(
 
     `kind` is wheel, or editable for one that points into the tree.
     """
-    program(folder / "tools" / "nvcc")
+    program(
+        folder / "tools" / "nvcc", "echo Cuda compilation tools, release ${SWINQ_TEST_CUDA:-13.0}"
+    )
     program(
         folder / "tools" / "cmake",
         'echo "cmake $* SWINQ_STRICT=$SWINQ_STRICT" >> "$SWINQ_TEST_LOG"\nmkdir -p build/kernels\n'
@@ -170,22 +178,22 @@ def test_editable_install_puts_the_engine_beside_the_code(tree: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("state", ["", "1"])
-def test_a_build_that_fails_fails_the_installation(tree: Path, tmp_path: Path, state: str) -> None:
-    done = build_wheel(tree, tmp_path, SWINQ_CUDA=state, SWINQ_TEST_BUILD="5")
+@pytest.mark.parametrize("step", ["SWINQ_TEST_CONFIGURE", "SWINQ_TEST_BUILD"])
+def test_a_build_that_fails_fails_the_installation(
+    tree: Path, tmp_path: Path, state: str, step: str
+) -> None:
+    done = build_wheel(tree, tmp_path, SWINQ_CUDA=state, **{step: "5"})
     assert done.returncode != 0 and "the CUDA engine does not compile" in done.stderr
     assert not list(tmp_path.glob("*.whl"))
 
 
 @pytest.mark.parametrize("kind", ["wheel", "editable"])
-def test_a_toolkit_that_cannot_build_it_is_done_without_unless_the_engine_is_demanded(
-    tree: Path, tmp_path: Path, kind: str
-) -> None:
-    done = build_wheel(tree, tmp_path, kind, SWINQ_TEST_CONFIGURE="5")
+def test_a_toolkit_that_is_too_old_is_done_without(tree: Path, tmp_path: Path, kind: str) -> None:
+    done = build_wheel(tree, tmp_path, kind, SWINQ_TEST_CUDA="11.8")
     assert done.returncode == 0, done.stderr
-    assert "CMake cannot build the CUDA engine with this toolkit" in done.stdout + done.stderr
-    assert "swinq/int8/libswinq.so" not in names_in_wheel(tmp_path)[1]
-    done = build_wheel(tree, tmp_path / "demanded", SWINQ_CUDA="1", SWINQ_TEST_CONFIGURE="5")
-    assert done.returncode != 0 and "fix: install CUDA 12.5 or later" in done.stderr
+    assert "the CUDA engine is not built: only" in done.stdout and "of CUDA 11.8" in done.stdout
+    name, held = names_in_wheel(tmp_path)
+    assert name.endswith("-none-any.whl") and "swinq/int8/libswinq.so" not in held
 
 
 # ---- slow code is an error ----

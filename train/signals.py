@@ -24,12 +24,13 @@ import torch.distributed as group
 from torch.distributed.launcher.api import LaunchConfig
 
 from swinq import console, distributed
+from swinq.errors import ConfigError
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Share of torchrun's patience in which a step must end; saving has the rest
 GRACE_SHARE = 2 / 3
 PATIENCE_S = 30.0  # torchrun's, where nobody has changed it, and always once a rank has failed
-_CLOSE = b"\0"  # no signal's number
+_CLOSE, _SAVED = b"\0", b"\xff"  # no signals' numbers
 
 
 class StopRequest:
@@ -47,6 +48,7 @@ class StopRequest:
 
     def __init__(self, grace_s: float | None = None) -> None:
         self._grace_s = grace_s
+        self._patience_s = _patience_of_torchrun()
         self._received = 0  # the first signal's number here, 0 for none
         self._agreed = 0  # the number on which all ranks agreed
         self._interrupts = 0
@@ -63,9 +65,8 @@ class StopRequest:
         """Seconds that a step has after this signal."""
         if self._grace_s is not None:
             return self._grace_s
-        asked_s = float(os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", PATIENCE_S))
         waits = number == signal.SIGUSR1 and hasattr(LaunchConfig, "shutdown_timeout")
-        return GRACE_SHARE * (asked_s if waits else min(asked_s, PATIENCE_S))
+        return GRACE_SHARE * (self._patience_s if waits else min(self._patience_s, PATIENCE_S))
 
     def agreed(self) -> bool:
         """Whether all ranks stop now; call it on all of them after each step.
@@ -90,6 +91,7 @@ class StopRequest:
         try:
             yield
         finally:
+            os.write(self._writer, _SAVED)  # the step after it has all of its time
             self._saving = False
 
     def __enter__(self) -> StopRequest:
@@ -131,17 +133,18 @@ class StopRequest:
         while True:
             left = None if deadline == math.inf else max(deadline - time.monotonic(), 0.0)
             if not select.select([self._reader], [], [], left)[0]:
-                if self._saving:  # the step after it may take as long
-                    deadline = time.monotonic() + self.grace_s(cause)
-                    continue
-                if not self._agreed:
+                if not self._saving and not self._agreed:
                     self._exit(cause)
-                deadline = math.inf  # they are saving, and take the time that it takes
+                deadline = math.inf  # what is being saved takes the time that it takes
                 continue
             for number in os.read(self._reader, 4096):
-                if number == 0:
+                if number == _CLOSE[0]:
                     return
-                if number in SIGNALS and not self._agreed:
+                if self._agreed:
+                    continue
+                if number == _SAVED[0] and cause:
+                    deadline = time.monotonic() + self.grace_s(cause)
+                elif number in SIGNALS:
                     self._received = self._received or number
                     ends = time.monotonic() + self.grace_s(number)
                     deadline, cause = min((deadline, cause), (ends, number))
@@ -154,6 +157,16 @@ class StopRequest:
         )
         sys.stdout.flush()
         os._exit(self.exit_code)
+
+
+def _patience_of_torchrun() -> float:
+    said = os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(PATIENCE_S))
+    try:
+        return float(said)
+    except ValueError as error:
+        raise ConfigError(
+            f"TORCH_ELASTIC_SHUTDOWN_TIMEOUT is {said!r}, wanted seconds", "correct or unset it"
+        ) from error
 
 
 class _Maximum:

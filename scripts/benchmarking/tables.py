@@ -33,8 +33,8 @@ def rewrite_all(
     """
     if not len(results):
         raise ConfigError(
-            f"{path or 'no file'} holds no results, and would leave the tables empty",
-            "name the file that holds them: --json FILE",
+            f"{path} holds no results" if path else "no file of results is named",
+            "tables would be left empty: name the file that holds the results, --json FILE",
         )
     for page in pages:
         console.say(f"{page}: {rewrite(page, renderers)} tables")

@@ -116,7 +116,8 @@ def write_tensors(
             problem = error.problem.replace(str(written), str(path))
             raise ExportError(
                 f"what was written does not read back: {problem}",
-                "nothing was replaced; check the disk, then export again",
+                "nothing was replaced; if it names a number of the model, calibrate that again, if "
+                "not, check the disk; then export again",
             ) from error
 
     return write_atomically(

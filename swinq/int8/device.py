@@ -43,7 +43,7 @@ def require_present(device: str | torch.device) -> None:
     if device.type != "cuda":
         try:
             torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:  # NotImplementedError is a RuntimeError
+        except (RuntimeError, AssertionError, ImportError) as error:
             raise ConfigError(
                 f"device {device}: PyTorch cannot use it here ({str(error).splitlines()[0]})",
                 "use device 'cpu'",

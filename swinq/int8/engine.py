@@ -126,7 +126,7 @@ class CudaSwin:
         Raises:
             DataError: no images, or of another type.
         """
-        if not isinstance(batch, int) or batch < 1 or dtype not in (torch.float16, torch.float32):
+        if batch < 1 or batch % 1 or dtype not in (torch.float16, torch.float32):
             raise DataError(
                 f"a CUDA graph of {batch} images of {dtype}",
                 "give 1 or more, of torch.float16 or torch.float32",

@@ -154,7 +154,7 @@ def _tensor(name: str, tensor: Tensor) -> abi.TensorStruct:
 
 
 def _require_batch(batch: int) -> None:
-    if not isinstance(batch, int) or not 0 <= batch <= abi.LARGEST_INT:
+    if not 0 <= batch <= abi.LARGEST_INT:
         raise EngineError(f"a batch of {batch} images", f"give 0 to {abi.LARGEST_INT}, or split it")
 
 

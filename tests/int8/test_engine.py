@@ -341,7 +341,7 @@ def test_choice_does_not_hide_that_the_gpu_failed(monkeypatch: pytest.MonkeyPatc
     [
         ("cuda", "no GPU is visible"),
         ("gpu0", "'gpu0' is not known"),
-        ("mps", "mps: PyTorch cannot use it here"),
+        ("vulkan", "vulkan: PyTorch cannot use it here"),
         (None, "None is not known"),
     ],
 )

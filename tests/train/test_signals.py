@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from swinq.data.loader import BatchLoader
+from swinq.errors import ConfigError
 from swinq.train import signals
 from swinq.train.signals import SIGNALS, StopRequest
 from tests.threads import threads_of_torch
@@ -79,17 +80,32 @@ def test_grace_waits_for_a_save_that_a_signal_meets() -> None:
         assert stop.agreed()
 
 
+def test_a_step_after_a_save_has_the_whole_grace() -> None:
+    """The test's own process would end, had it only what a second grace within the save leaves."""
+    with StopRequest(grace_s=0.5) as stop:
+        with stop.saving():
+            send(signal.SIGTERM)
+            time.sleep(0.9)
+        time.sleep(0.3)
+        assert stop.agreed()
+
+
+def test_patience_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "2m")
+    with pytest.raises(ConfigError, match="TIMEOUT is '2m', wanted seconds"):
+        StopRequest()
+
+
 def test_grace_grows_with_the_patience_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     """A failed peer makes torchrun send SIGTERM, and then it kills after 30 s all the same."""
-    stop = StopRequest()
-    assert [stop.grace_s(number) for number in SIGNALS] == [20, 20, 20]
+    assert [StopRequest().grace_s(number) for number in SIGNALS] == [20, 20, 20]
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "150")
     for knows, grace_s in ((True, 100), (False, 20)):  # torchrun before PyTorch 2.12 does not
         config = SimpleNamespace(**({"shutdown_timeout": None} if knows else {}))
         monkeypatch.setattr(signals, "LaunchConfig", config)
-        assert [stop.grace_s(number) for number in SIGNALS] == [20, grace_s, 20]
+        assert [StopRequest().grace_s(number) for number in SIGNALS] == [20, grace_s, 20]
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "15")
-    assert stop.grace_s(signal.SIGTERM) == 10
+    assert StopRequest().grace_s(signal.SIGTERM) == 10
 
 
 def test_other_signals_are_none_of_its_business() -> None:
