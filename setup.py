@@ -24,6 +24,7 @@ ROOT = Path(__file__).resolve().parent
 BUILD = ROOT / "build" / "kernels"
 USUAL_CUDA = Path("/usr/local/cuda")
 OLDEST_CUDA = (12, 5)  # csrc/CMakeLists.txt says so too
+WANTED_CUDA = "{}.{} or later".format(*OLDEST_CUDA)
 
 
 def find_nvcc(environment: Mapping[str, str], usual: Path = USUAL_CUDA) -> Path | None:
@@ -76,11 +77,10 @@ def reason_against(
         release = release_of(nvcc)
         if release is None or release < OLDEST_CUDA:
             of = f"of CUDA {release[0]}.{release[1]}" if release else "that does not run"
-            missing = f"only {nvcc} {of}, wanted 12.5 or later"
+            missing = f"only {nvcc} {of}, wanted {WANTED_CUDA}"
     if missing and wanted == "1":
-        tool = (
-            "cmake" if "cmake" in missing else "the CUDA toolkit 12.5 or later (no GPU is needed)"
-        )
+        toolkit = f"the CUDA toolkit {WANTED_CUDA} (no GPU is needed)"
+        tool = "cmake" if nvcc and not cmake else toolkit
         raise SystemExit(
             f"swinq: SWINQ_CUDA=1 demands the CUDA engine, but there is {missing}\n"
             f"  fix: install {tool}, or unset SWINQ_CUDA to do without the engine"

@@ -312,7 +312,7 @@ class _Loop:
             self.captured.require_unmoved()
         tensors = parallel.save_tensors(self.student, self.optimizer)
         if self.average is not None:
-            tensors |= {f"average.{name}": t for name, t in self.average.tensors().items()}
+            tensors |= {name: parallel.whole(t) for name, t in self.average.named().items()}
         tensors |= gather()
         self.progress.seconds = time.monotonic() - self.started
         metadata = {

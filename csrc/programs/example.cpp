@@ -44,10 +44,8 @@ struct PlanDelete {
 using Plan = std::unique_ptr<swinq_plan, PlanDelete>;
 
 Plan made_up_plan(const Example& example, Numbers numbers) {
-    const swinq_architecture architecture =
-        architecture_of(example.version, example.size, example.window, example.img_size);
-    check(swinq_check_architecture(&architecture));
-    const MadeUpModel model(architecture, numbers);
+    const MadeUpModel model(
+        architecture_of(example.version, example.size, example.window, example.img_size), numbers);
     const swinq_model view = model.model();
     swinq_plan* plan = nullptr;
     check(swinq_plan_create(&view, kDevice, &plan));

@@ -7,6 +7,8 @@
 #include <cmath>
 #include <cstring>
 
+#include "device_memory.h"
+
 namespace swinq::programs {
 
 namespace {
@@ -80,6 +82,7 @@ swinq_architecture architecture_of(int version, Size size, int window, int img_s
 
 MadeUpModel::MadeUpModel(const swinq_architecture& architecture, Numbers numbers)
     : architecture_(architecture), numbers_(numbers) {
+    check(swinq_check_architecture(&architecture));
     const swinq_architecture& a = architecture_;
     const int pixels = a.in_chans * a.patch_size * a.patch_size;
     add_matrix("patch_embed.proj.weight", {a.embed_dim, a.in_chans, a.patch_size, a.patch_size},

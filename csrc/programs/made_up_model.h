@@ -23,11 +23,12 @@ enum class Size : int { kTiny = 0, kSmall = 1, kBase = 2, kLarge = 3 };
 const char* name_of(Size size);
 const char* name_of(Numbers numbers);
 
-// An official size with another window or image; swinq_plan_create refuses what cannot be.
+// An official size with another window or image; MadeUpModel refuses what cannot be.
 swinq_architecture architecture_of(int version, Size size, int window, int img_size);
 
 class MadeUpModel {
   public:
+    // Throws before any weight is made, they may take gigabytes, if no kernels exist for the model.
     MadeUpModel(const swinq_architecture& architecture, Numbers numbers);
     MadeUpModel(const MadeUpModel&) = delete;
     MadeUpModel& operator=(const MadeUpModel&) = delete;

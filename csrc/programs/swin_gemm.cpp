@@ -115,7 +115,6 @@ struct PlanOwner {
 // Every GEMM of a model of this precision, and the plan that holds their weights.
 void add_gemms(const swinq_architecture& architecture, Numbers numbers, int batch,
                std::deque<PlanOwner>& owners, Gemms& gemms) {
-    check(swinq_check_architecture(&architecture));
     const MadeUpModel model(architecture, numbers);
     const swinq_model view = model.model();
     // unfused: what a plan fuses, another user of the file may not

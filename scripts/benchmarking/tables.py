@@ -7,7 +7,7 @@ what stands between them is replaced.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,17 @@ Renderer = Callable[..., list[str]]
 
 
 def rewrite_all(
-    pages: Iterable[Path], renderers: Mapping[str, Renderer], path: Path | None, results: Sized
+    pages: Iterable[Path],
+    renderers: Mapping[str, Renderer],
+    path: Path | None,
+    results: Collection[Any],
 ) -> None:
     """Replace the tables of several pages by those of the results that a file holds.
 
     Raises:
         ConfigError: there are no results, or see `rewrite`.
     """
-    if not len(results):
+    if not results:
         raise ConfigError(
             f"{path} holds no results" if path else "no file of results is named",
             "tables would be left empty: name the file that holds the results, --json FILE",

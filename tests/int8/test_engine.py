@@ -187,13 +187,11 @@ def test_graph_of_what_no_kernel_reads_is_refused(
 @pytest.fixture
 def captured(fake: CudaSwin, monkeypatch: pytest.MonkeyPatch) -> Graph:
     """A graph of two images whose replays do nothing, of a model that nothing else holds."""
-    stream = SimpleNamespace(wait_stream=lambda other: None, wait_event=lambda event: None)
+    stream = SimpleNamespace(wait_event=lambda event: None)
     for name, stub in {
         "device": lambda device: nullcontext(),
         "Event": lambda: SimpleNamespace(record=lambda stream=None: None),
-        "Stream": lambda: stream,
         "current_stream": lambda device=None: stream,
-        "stream": lambda stream: nullcontext(),
         "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
         "graph": lambda graph: nullcontext(),
     }.items():
